@@ -1,0 +1,116 @@
+"""What every command of the package has in common: Hydra's command line, one error report, the exit status."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
+from pydantic import BaseModel
+
+from moe_train.config.compose import compose_config, config_dir, keys_of, register, to_mapping, with_force
+from moe_train.config.validate import Rules, validate
+from moe_train.errors import UserError
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+QUIET = [
+    # Every rank is a Hydra application of its own: none may make folders or log files; rank 0 makes the run folder.
+    "hydra.run.dir=.",
+    "hydra.sweep.dir=.",
+    "hydra.sweep.subdir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+]
+USER_MISTAKE = 2
+"""Exit status of a mistake in configuration or input."""
+
+
+def door(
+    name: str, schema: type[Schema], rules: Rules[Schema] = lambda config: []
+) -> Callable[[Callable[[Schema], None]], Callable[[], None]]:
+    """Make a function of a validated configuration into a command.
+
+    Args:
+        name: the primary YAML file under configs/.
+        schema: the model that the composed configuration must fit.
+        rules: what must hold across fields; returns every problem.
+
+    Returns:
+        A decorator. The command prints all mistakes of a user at once, without a traceback, and exits with status 2.
+    """
+
+    def decorate(main: Callable[[Schema], None]) -> Callable[[], None]:
+        @functools.wraps(main)
+        def command() -> None:
+            arguments = sys.argv[1:]
+            sys.argv = [sys.argv[0], *hydra_arguments(arguments)]
+            register(name, schema)
+            guarded(lambda: check(name, schema, rules, arguments))
+            job = functools.partial(run_job, main, schema, rules, arguments)
+            functools.update_wrapper(job, main)
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(job)()
+
+        return command
+
+    return decorate
+
+
+def hydra_arguments(arguments: list[str]) -> list[str]:
+    """Return the command line for Hydra: every key allowed, and our settings among the overrides.
+
+    argparse takes positional arguments in one run only, so that ours stand beside the first override of the user.
+    """
+    forced = [with_force(argument) for argument in arguments]
+    first = next((i for i, a in enumerate(forced) if "=" in a and not a.startswith("-")), len(forced))
+    return [*forced[:first], *QUIET, *forced[first:]]
+
+
+def check(name: str, schema: type[Schema], rules: Rules[Schema], arguments: list[str]) -> None:
+    """Compose once before Hydra does: it would stop at its first problem, with exit status 1."""
+    if not any(argument.startswith("-") for argument in arguments):
+        compose_config(name, schema, rules, arguments)
+
+
+def run_job(
+    main: Callable[[Schema], None],
+    schema: type[Schema],
+    rules: Rules[Schema],
+    arguments: list[str],
+    composed: DictConfig,
+) -> None:
+    """Validate what Hydra composed for one job and run it."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        name_sweep_job(composed, arguments)
+    explicit = keys_of(list(HydraConfig.get().overrides.task))
+    guarded(lambda: main(validate(to_mapping(composed), schema, rules, explicit)))
+
+
+def name_sweep_job(composed: DictConfig, arguments: list[str]) -> None:
+    """Give each job of a sweep a run name of its own, from what was swept: two jobs must not share a folder."""
+    given = {with_force(argument) for argument in arguments}
+    if any(override.lstrip("+").startswith(("run.name=", "run.dir=")) for override in given):
+        return
+    swept = [o.lstrip("+") for o in HydraConfig.get().overrides.task if o not in given]
+    # model=dense_tiny,run.seed=0 becomes model_dense_tiny-seed_0
+    label = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(o.rpartition("run.")[2] for o in swept))[:80]
+    with open_dict(composed):
+        composed.run.name = f"{composed.run.name}-{label or HydraConfig.get().job.num}"
+
+
+def guarded(work: Callable[[], Any]) -> None:
+    """Run ``work``; print a user's mistakes on the first rank and exit with status 2."""
+    try:
+        work()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error.report(), file=sys.stderr)  # noqa: T201
+        sys.exit(USER_MISTAKE)

@@ -1,0 +1,362 @@
+"""Every key of the configuration, its default, unit and bounds: the one place where a default lives.
+
+The YAML files under ``configs/`` state only what differs from these values. Groups whose options differ in their
+fields (router, capacity) are unions chosen by ``kind``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Strict(BaseModel):
+    """Base of all sections: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Strict):
+    """Identity of a run."""
+
+    name: str = "default"
+    """Name of the run; the last part of the run folder."""
+    dir: str = "runs/${run.name}"
+    """Run folder: configuration, metrics, checkpoints and report of the run."""
+    seed: NonNegativeInt = 0
+    """Seed of initial values and data order."""
+
+
+class TrainSection(Strict):
+    """Length, batch and number format of the training."""
+
+    steps: PositiveInt = 400
+    """Optimizer steps."""
+    global_batch: PositiveInt = 32
+    """Sequences per optimizer step, over all ranks and micro-batches."""
+    micro_batch: PositiveInt | None = None
+    """Sequences per rank and forward pass; null: global_batch / ranks, that is no accumulation."""
+    precision: Literal["bf16", "fp32", "fp64"] = "fp32"
+    """Number format of activations; bf16 keeps fp32 master weights, router and reductions. fp64 is for tests."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled so that their global L2 norm is at most this; null: no clipping."""
+
+
+class SourceConfig(Strict):
+    """Where documents come from."""
+
+    source: Literal["shakespeare", "wikipedia", "imdb", "text", "huggingface", "mix", "tokens"] = "shakespeare"
+    """Name of the source."""
+    path: str | None = None
+    """text: file, folder or glob of .txt and .jsonl; huggingface: data set name, or a folder, file or glob of parquet,
+    jsonl or csv; tokens: folder or glob of token files."""
+    name: str | None = None
+    """huggingface: configuration name of the data set."""
+    split: str = "train"
+    """huggingface: split to read."""
+    text_field: str = "text"
+    """Field of a .jsonl line or data set row that holds the text."""
+
+
+class MixPart(SourceConfig):
+    """One component of a mix; its key under data.parts is the domain label of its documents."""
+
+    weight: PositiveFloat = 1.0
+    """Share of the mix's bytes, relative to the other parts."""
+
+
+class DataConfig(SourceConfig):
+    """Source, packing and split of the training text."""
+
+    parts: dict[str, MixPart] = {}
+    """mix: the components by domain label."""
+    seq_len: PositiveInt = 256
+    """Positions per sequence, in tokens."""
+    heldout_fraction: Fraction = 0.05
+    """Share of the documents kept out of training, for evaluation."""
+    cache_dir: str = "~/.cache/moe_train"
+    """Folder of tokenizers and packed token files, keyed by their content."""
+    shard_bytes: PositiveInt = 8 * 1024 * 1024
+    """Text per token shard, in bytes: the unit of resumable preparation."""
+
+
+class TokenizerConfig(Strict):
+    """How text becomes tokens."""
+
+    kind: Literal["bpe", "file", "bytes"] = "bpe"
+    """bpe: byte-level BPE trained on the corpus; file: any tokenizer.json; bytes: the 256 byte values."""
+    vocab_size: Annotated[int, Field(ge=258)] = 4096
+    """bpe: number of tokens, the boundary token included."""
+    path: str | None = None
+    """file: path of a tokenizer.json."""
+    boundary_token: str | None = None
+    """file: name of the token that ends a document; null: the first known of <|endoftext|>, </s>, <eos>, [SEP]."""
+
+
+class AttentionConfig(Strict):
+    """Grouped-query attention with rotary positions."""
+
+    kv_heads: PositiveInt | None = None
+    """Key and value heads; divides model.heads. null: as many as model.heads (multi-head attention)."""
+    rope_theta: PositiveFloat = 10_000.0
+    """Base of the rotary frequencies."""
+
+
+class TopKRouterConfig(Strict):
+    """softmax, then the K largest (Switch, OLMoE; Mixtral and GShard when the selected weights are normalised)."""
+
+    kind: Literal["topk"] = "topk"
+    """Kind of router."""
+    normalize: Literal["none", "selected"] = "selected"
+    """selected: the K weights of a token sum to one (with top_k=1 the router then gets no gradient: refused)."""
+
+
+class AuxLossConfig(Strict):
+    """Load-balance loss E·Σ f·P (Switch eq. 4), 1.0 when balanced, per layer."""
+
+    coef: NonNegativeFloat = 0.01
+    """Weight relative to the cross-entropy per token."""
+    scope: Literal["global", "sequence"] = "global"
+    """Tokens over which the load fraction f is counted: the whole optimizer step, or each sequence alone."""
+
+
+class ZLossConfig(Strict):
+    """Router z-loss: mean of logsumexp(logits)² (ST-MoE eq. 5)."""
+
+    coef: NonNegativeFloat = 0.001
+    """Weight relative to the cross-entropy per token."""
+
+
+class BalanceConfig(Strict):
+    """Losses that keep the experts' load even; null switches one off."""
+
+    aux: AuxLossConfig | None = AuxLossConfig()
+    """Load-balance loss."""
+    z_loss: ZLossConfig | None = ZLossConfig()
+    """Router z-loss."""
+
+
+class DroplessConfig(Strict):
+    """No capacity limit: every assignment is computed."""
+
+    kind: Literal["dropless"] = "dropless"
+    """Kind of capacity rule."""
+
+
+class FactorCapacityConfig(Strict):
+    """At most ceil(factor · S · K / E) assignments per expert and sequence; the earliest positions are kept."""
+
+    kind: Literal["factor"] = "factor"
+    """Kind of capacity rule."""
+    factor: PositiveFloat = 1.25
+    """Capacity in training relative to a balanced load."""
+    eval_factor: PositiveFloat | None = None
+    """The same in evaluation; null: no limit, as at inference."""
+
+
+RouterConfig = TopKRouterConfig
+CapacityConfig = Annotated[DroplessConfig | FactorCapacityConfig, Field(discriminator="kind")]
+
+
+class FFNConfig(Strict):
+    """Feed-forward part of the blocks: dense SwiGLU, or experts."""
+
+    hidden_dim: PositiveInt = 512
+    """Hidden width of the dense layers' SwiGLU."""
+    num_experts: NonNegativeInt = 0
+    """Experts per MoE layer; 0: a dense model."""
+    top_k: PositiveInt = 2
+    """Experts per token."""
+    expert_dim: PositiveInt = 256
+    """Hidden width of one expert's SwiGLU."""
+    num_shared_experts: NonNegativeInt = 0
+    """Experts that every token visits, summed (one SwiGLU of that multiple of expert_dim)."""
+    every: PositiveInt = 1
+    """Every n-th layer is MoE (the last of each n), the others are dense."""
+    router: RouterConfig = TopKRouterConfig()
+    """How tokens choose experts."""
+    balance: BalanceConfig = BalanceConfig()
+    """How load is kept even."""
+    capacity: CapacityConfig = DroplessConfig()
+    """How many assignments an expert takes."""
+
+
+class ModelConfig(Strict):
+    """One decoder-only transformer."""
+
+    dim: PositiveInt = 256
+    """Width of the residual stream."""
+    layers: PositiveInt = 4
+    """Blocks."""
+    heads: PositiveInt = 8
+    """Query heads."""
+    tie_embeddings: bool = True
+    """The output head is the embedding matrix."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the mean square in RMSNorm."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of initial weights; projections into the residual stream get 1/sqrt(2·layers) of it."""
+    attention: AttentionConfig = AttentionConfig()
+    """Attention."""
+    ffn: FFNConfig = FFNConfig()
+    """Feed-forward layers and experts."""
+
+
+class ParallelConfig(Strict):
+    """How the ranks share the work; all ranks are data-parallel."""
+
+    ep: PositiveInt = 1
+    """Expert-parallel size: ranks over which one set of experts is sharded; divides ranks and experts."""
+    timeout_s: PositiveFloat = 300.0
+    """A collective that takes longer ends the run with a roll call, in seconds."""
+
+
+class OptimConfig(Strict):
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: PositiveFloat = 2e-3
+    """Peak learning rate."""
+    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """Learning rate at the last step relative to the peak."""
+    warmup_steps: NonNegativeInt = 20
+    """Steps of linear warm-up."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay of matrices; vectors (norms) have none."""
+
+
+class CheckpointConfig(Strict):
+    """Saving and resuming."""
+
+    every: NonNegativeInt = 100
+    """Steps between checkpoints; 0: only at the end and on SIGTERM."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept in the run folder."""
+    resume: str = "auto"
+    """auto: go on from the newest good checkpoint in run.dir; never: start anew; else the path of a checkpoint."""
+
+
+class EvalConfig(Strict):
+    """Evaluation on the held-out split."""
+
+    every: NonNegativeInt = 100
+    """Steps between evaluations; 0: only at the end."""
+    batches: PositiveInt | None = 8
+    """Global batches per evaluation during training; null: the whole split. The final evaluation takes it all."""
+
+
+class WandbConfig(Strict):
+    """Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online when WANDB_API_KEY is set, else offline."""
+    project: str = "moe_train"
+    """Project name."""
+
+
+class LogConfig(Strict):
+    """What is shown and recorded."""
+
+    every: PositiveInt = 10
+    """Steps between records."""
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""
+
+
+class SampleConfig(Strict):
+    """How text is generated."""
+
+    max_tokens: PositiveInt = 120
+    """Tokens to generate."""
+    temperature: NonNegativeFloat = 0.8
+    """Divides the logits; 0: greedy."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    """Smallest set of tokens whose probability reaches this is sampled from."""
+    seed: NonNegativeInt = 0
+    """Seed of the draw: the same seed gives the same text."""
+
+
+class TrainConfig(Strict):
+    """Configuration of ``moe_train.train``."""
+
+    run: RunConfig = RunConfig()
+    """Identity of the run."""
+    train: TrainSection = TrainSection()
+    """Length, batch and number format."""
+    data: DataConfig = DataConfig()
+    """Training text."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """Tokenizer."""
+    model: ModelConfig = ModelConfig()
+    """Model."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout over ranks."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    eval: EvalConfig = EvalConfig()
+    """Held-out evaluation."""
+    log: LogConfig = LogConfig()
+    """Records."""
+    sample: SampleConfig = SampleConfig()
+    """The text sample at the end of a run."""
+
+
+class RunReference(Strict):
+    """An existing run."""
+
+    dir: str
+    """Run folder of a finished or running training."""
+
+
+class EvaluateConfig(Strict):
+    """Configuration of ``moe_train.evaluate``."""
+
+    run: RunReference
+    """The run to evaluate."""
+    eval: EvalConfig = EvalConfig(batches=None)
+    """How much of the held-out split; null: all of it."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout over ranks; need not be that of the training."""
+    checkpoint: str = "latest"
+    """latest, or the path of a checkpoint."""
+
+
+class GenerateConfig(Strict):
+    """Configuration of ``moe_train.generate``."""
+
+    run: RunReference
+    """The run to sample from."""
+    prompt: str
+    """Text to continue."""
+    sample: SampleConfig = SampleConfig()
+    """How text is generated."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout over ranks; need not be that of the training."""
+    checkpoint: str = "latest"
+    """latest, or the path of a checkpoint."""
+
+
+class ReportConfig(Strict):
+    """Configuration of ``moe_train.report``."""
+
+    run: RunReference
+    """The run to draw."""
+
+
+class PrepareConfig(Strict):
+    """Configuration of ``moe_train.prepare``."""
+
+    data: DataConfig = DataConfig()
+    """Text to tokenise."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """Tokenizer."""
+    output: str | None = None
+    """Folder for the token files; null: the cache, where training finds them."""

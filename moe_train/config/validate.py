@@ -1,0 +1,198 @@
+"""From a plain mapping to a validated configuration, with every problem found at once."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from moe_train.errors import ConfigError, Problem
+
+Schema = TypeVar("Schema", bound=BaseModel)
+Rules: TypeAlias = Callable[[Schema], list[Problem]]
+MISSING = "???"
+"""OmegaConf's mark of a value that must be given."""
+
+
+def validate(
+    mapping: Mapping[str, Any], schema: type[Schema], rules: Rules[Schema], explicit: frozenset[str] = frozenset()
+) -> Schema:
+    """Return the validated configuration.
+
+    Args:
+        mapping: the composed configuration.
+        schema: the pydantic model that it must fit.
+        rules: what must hold across fields.
+        explicit: dotted keys that the user set on the command line.
+
+    Raises:
+        ConfigError: with one problem per unknown key, wrong type, value out of bounds, and broken rule.
+    """
+    cleaned = without_leftovers(without_missing(mapping), schema, explicit)
+    try:
+        config = schema.model_validate(cleaned)
+        problems = rules(config)
+    except ValidationError as error:
+        details = error.errors()
+        problems = [to_problem(detail, schema) for detail in details]
+        problems += problems_beyond(details, cleaned, schema, rules)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def problems_beyond(
+    details: list[ErrorDetails], mapping: dict[str, Any], schema: type[Schema], rules: Rules[Schema]
+) -> list[Problem]:
+    """Return the broken rules that do not involve the wrong fields: those get their defaults for the purpose."""
+    wrong = [locate(detail["loc"], schema)[0] for detail in details]
+    repaired = copy.deepcopy(mapping)
+    for key in wrong:
+        remove(repaired, key.split("."))
+    try:
+        broken = rules(schema.model_validate(repaired))
+    except ValidationError:  # a required value is missing: nothing more can be said
+        return []
+    return [problem for problem in broken if not any(problem.key.startswith(key) for key in wrong)]
+
+
+def remove(mapping: dict[str, Any], path: list[str]) -> None:
+    """Delete the entry at ``path``; a position in a list deletes the whole list."""
+    section: Any = mapping
+    for part in path[:-1]:
+        if not isinstance(section.get(part), dict):
+            section.pop(part, None)
+            return
+        section = section[part]
+    section.pop(path[-1], None)
+
+
+def without_missing(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy without values that were never given, so that the schema reports them as required."""
+    return {
+        key: without_missing(value) if isinstance(value, Mapping) else value
+        for key, value in mapping.items()
+        if not (isinstance(value, str) and value == MISSING)
+    }
+
+
+def without_leftovers(
+    mapping: dict[str, Any], schema: type[BaseModel], explicit: frozenset[str], prefix: str = ""
+) -> dict[str, Any]:
+    """Return a copy without fields that a preset set for another ``kind`` than the one now chosen.
+
+    ``model=switch_tiny model.ffn.capacity.kind=dropless`` must work although the preset holds a factor. A field that
+    the user wrote for the wrong kind stays, and the schema refuses it.
+    """
+    cleaned = dict(mapping)
+    for name, field in schema.model_fields.items():
+        value = cleaned.get(name)
+        if not isinstance(value, dict):
+            continue
+        path = f"{prefix}{name}"
+        variants = variants_of(field)
+        chosen = variants.get(value.get("kind", "")) if variants else model_of(field)
+        if chosen is None:
+            continue
+        foreign = {key for variant in variants.values() for key in variant.model_fields} - set(chosen.model_fields)
+        kept = {k: v for k, v in value.items() if k not in foreign or f"{path}.{k}" in explicit}
+        cleaned[name] = without_leftovers(kept, chosen, explicit, f"{path}.")
+    return cleaned
+
+
+def variants_of(field: FieldInfo) -> dict[str, type[BaseModel]]:
+    """Return the models of a union by their ``kind``; empty when the field is no such union."""
+    if field.discriminator is None:
+        return {}
+    return {get_args(m.model_fields["kind"].annotation)[0]: m for m in get_args(field.annotation)}
+
+
+def model_of(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the section's model behind a field (``Section`` or ``Section | None``), or None for a value."""
+    candidates = [field.annotation, *get_args(field.annotation)]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def to_problem(detail: ErrorDetails, schema: type[BaseModel]) -> Problem:
+    """Turn one of pydantic's errors into a problem with a remedy."""
+    key, section = locate(detail["loc"], schema)
+    context = detail.get("ctx", {})
+    value = detail["input"]
+    if detail["type"] == "extra_forbidden" and key.rpartition(".")[2] in other_kinds(section, schema):
+        kind = section.model_fields["kind"].default
+        return Problem(key, value, f"does not apply to kind={kind}", "choose the kind that has it, or leave it out")
+    if detail["type"] == "extra_forbidden":
+        return Problem(key, value, "is not a key of the configuration", suggestion(key, section, schema))
+    if detail["type"] == "missing":
+        return Problem(key, None, "is required", f"set {key}=...")
+    if detail["type"] in ("literal_error", "union_tag_invalid"):
+        allowed = str(context.get("expected") or context.get("expected_tags"))
+        if detail["type"] == "union_tag_invalid":
+            key, value = f"{key}.kind", context.get("tag")
+        return Problem(key, value, f"must be one of {allowed}", "choose one of them" + closest(str(value), allowed))
+    if isinstance(value, Mapping):
+        return Problem(key, None, detail["msg"].lower(), "give a single value")
+    return Problem(key, value, detail["msg"].replace("Input should", "should"), "correct the value")
+
+
+def locate(loc: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[str, type[BaseModel]]:
+    """Return the dotted key of an error and the section in which it lies; pydantic's union tags are left out."""
+    parts: list[str] = []
+    section = schema
+    rest = list(loc)
+    while rest:
+        part = str(rest.pop(0))
+        parts.append(part)
+        field = section.model_fields.get(part)
+        if field is None:
+            continue  # an unknown key, or the label of a dictionary's entry
+        variants = variants_of(field)
+        section = variants[str(rest.pop(0))] if variants and rest else model_of(field) or section
+    return ".".join(parts), section
+
+
+def other_kinds(section: type[BaseModel], schema: type[BaseModel]) -> set[str]:
+    """Return the fields that the other kinds of the union have to which ``section`` belongs; empty if to none."""
+    for field in schema.model_fields.values():
+        variants = list(variants_of(field).values())
+        if section in variants:
+            return {name for variant in variants for name in variant.model_fields}
+        inner = model_of(field)
+        found = other_kinds(section, inner) if inner and not variants else set()
+        if found:
+            return found
+    return set()
+
+
+def key_paths(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key of a schema, unions with the keys of all their kinds."""
+    for name, field in schema.model_fields.items():
+        variants = variants_of(field)
+        sections = list(variants.values()) if variants else [m for m in [model_of(field)] if m]
+        yield f"{prefix}{name}"
+        for section in sections:
+            yield from key_paths(section, f"{prefix}{name}.")
+
+
+def suggestion(key: str, section: type[BaseModel], schema: type[BaseModel]) -> str:
+    """Return a remedy for an unknown key: the key that was probably meant."""
+    parent, _, leaf = key.rpartition(".")
+    prefix = f"{parent}." if parent else ""
+    paths = list(dict.fromkeys(key_paths(schema)))
+    siblings = difflib.get_close_matches(leaf, section.model_fields, n=1, cutoff=0.6)
+    elsewhere = [path for path in paths if path.rpartition(".")[2] == leaf]
+    near = difflib.get_close_matches(key, paths, n=1, cutoff=0.6)
+    found = elsewhere[:1] or [f"{prefix}{name}" for name in siblings if f"{prefix}{name}" in paths] or near
+    return f"did you mean {found[0]}?" if found and found[0] != key else "see --cfg job for all keys"
+
+
+def closest(value: str, allowed: str) -> str:
+    """Return ``: X?`` with the allowed value most like ``value``, or nothing."""
+    names = [name.strip(" '") for name in allowed.replace(" or ", ", ").split(",")]
+    found = difflib.get_close_matches(value, names, n=1)
+    return f" (did you mean {found[0]}?)" if found else ""

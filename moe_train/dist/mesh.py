@@ -1,0 +1,105 @@
+"""Which rank holds which experts: pure arithmetic, and the process groups that follow from it.
+
+All W ranks are data-parallel. `ep` consecutive ranks hold one whole set of experts between them (an EP group, so that
+its exchange stays inside a node when it can); the W / ep ranks with the same place in their group hold the same experts
+(an expert-data group, `edp`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeAlias, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_train.dist.world import World
+
+GroupMaker: TypeAlias = Callable[..., tuple[dist.ProcessGroup, list[dist.ProcessGroup]]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Arithmetic of ranks.
+
+    Attributes:
+        world_size: number of ranks W.
+        ep: ranks that share one set of experts; divides W.
+    """
+
+    world_size: int
+    ep: int
+
+    def __post_init__(self) -> None:
+        """Check the one rule."""
+        assert self.world_size % self.ep == 0, f"ep={self.ep} must divide the {self.world_size} ranks"
+
+    def ep_rank(self, rank: int) -> int:
+        """Return the place of ``rank`` in its EP group."""
+        return rank % self.ep
+
+    def ep_groups(self) -> list[list[int]]:
+        """Return the EP groups, each a list of ranks."""
+        return [list(range(first, first + self.ep)) for first in range(0, self.world_size, self.ep)]
+
+    def edp_groups(self) -> list[list[int]]:
+        """Return the groups of ranks that hold the same experts."""
+        return [list(range(place, self.world_size, self.ep)) for place in range(self.ep)]
+
+    def experts(self, rank: int, num_experts: int) -> range:
+        """Return the global indices of the experts that ``rank`` holds."""
+        assert num_experts % self.ep == 0, f"ep={self.ep} must divide the {num_experts} experts"
+        held = num_experts // self.ep
+        return range(self.ep_rank(rank) * held, (self.ep_rank(rank) + 1) * held)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The groups of this rank.
+
+    Attributes:
+        layout: the arithmetic.
+        rank: this rank.
+        world: every rank: dense and router gradients are summed over it.
+        ep: the ranks that this rank exchanges tokens with.
+        edp: the ranks that hold the same experts: expert gradients are summed over it.
+        device_mesh: the same as a 2-D mesh with axes ("edp", "ep"), for DTensor.
+    """
+
+    layout: Layout
+    rank: int
+    world: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    edp: dist.ProcessGroup
+    device_mesh: DeviceMesh
+
+    @property
+    def ep_rank(self) -> int:
+        """This rank's place in its EP group."""
+        return self.layout.ep_rank(self.rank)
+
+
+def build_mesh(world: World, ep: int) -> Mesh:
+    """Make the groups; every rank calls this at the same point.
+
+    Args:
+        world: the processes.
+        ep: expert-parallel size; divides the number of ranks.
+    """
+    layout = Layout(world.size, ep)
+    # Sub-groups do not inherit the timeout of the world: without it a hang there lasts 30 minutes.
+    timeout = timedelta(seconds=world.timeout_s)
+    new_groups = cast("GroupMaker", dist.new_subgroups_by_enumeration)
+    ep_group, _ = new_groups(layout.ep_groups(), timeout=timeout)
+    edp_group, _ = new_groups(layout.edp_groups(), timeout=timeout)
+    assert dist.group.WORLD is not None, "build_mesh needs the process group of world_from_environment"
+    device_mesh = DeviceMesh.from_group(
+        [edp_group, ep_group],
+        world.device.type,
+        mesh=torch.arange(world.size).view(-1, ep),
+        mesh_dim_names=("edp", "ep"),
+    )
+    return Mesh(layout, world.rank, dist.group.WORLD, ep_group, edp_group, device_mesh)

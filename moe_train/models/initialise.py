@@ -1,0 +1,36 @@
+"""Initial values that do not depend on the layout: every rank draws the same numbers for the same expert."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from moe_train.moe.roles import Kind, Role, roles_of
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int) -> None:
+    """Fill every parameter from (seed, its name, the expert's global index) alone.
+
+    Values are drawn in fp32 on the CPU and cast: draws of other dtypes or devices differ.
+    """
+    roles = roles_of(model)
+    for name, parameter in model.named_parameters():
+        role = roles[name]
+        if role.std is None:
+            parameter.fill_(1.0)
+        elif role.kind is Kind.EXPERT:
+            for place, expert in enumerate(role.experts):
+                parameter[place].copy_(draw(parameter.shape[1:], role, f"{seed}|{name}|{expert}"))
+        else:
+            parameter.copy_(draw(parameter.shape, role, f"{seed}|{name}"))
+
+
+def draw(shape: torch.Size, role: Role, key: str) -> Tensor:
+    """Return normal values with the role's standard deviation, fp32, determined by ``key``."""
+    assert role.std is not None, "ones are not drawn"
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape, dtype=torch.float32).normal_(0.0, role.std, generator=generator)

@@ -1,0 +1,163 @@
+"""How tokens reach their experts and come home: the only thing that expert parallelism changes in a layer.
+
+A token travels once to each rank that holds one of its experts, with its expert ids and weights; the experts there add
+up their part of its sum; one row per token and rank comes back and the parts are added at home.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_train.dist.comm import all_to_all_rows, exchange_counts
+from moe_train.moe.capacity import Plan
+from moe_train.ops.permute import RowMap, gather_rows, map_rows, sum_rows
+
+
+@dataclass(frozen=True)
+class Journey:
+    """The way home of what arrived.
+
+    Attributes:
+        row_map: rows sent from here, made of this rank's tokens.
+        sent: rows sent to each rank.
+        received: rows received from each rank.
+    """
+
+    row_map: RowMap
+    sent: list[int]
+    received: list[int]
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """Tokens at the place of their experts.
+
+    Attributes:
+        rows_RD: [R, D] tokens.
+        experts_RK: [R, K] int64, index among this rank's L experts of each choice, or L where the choice is not kept or
+            lives elsewhere.
+        weights_RK: [R, K] weight of each choice, at least fp32; meaningless where the expert is L.
+        num_assignments: number of entries of experts_RK below L.
+        journey: the way home; None when the tokens never left.
+    """
+
+    rows_RD: Tensor
+    experts_RK: Tensor
+    weights_RK: Tensor
+    num_assignments: int
+    journey: Journey | None
+
+
+class Exchange(Protocol):
+    """Brings tokens to experts and sums back."""
+
+    @property
+    def experts(self) -> range:
+        """Global indices of the experts that this rank holds."""
+
+    def dispatch(self, x_TD: Tensor, plan: Plan) -> Arrived:
+        """Send this rank's tokens [T, D] to the ranks of their experts."""
+
+    def combine(self, sums_RD: Tensor, arrived: Arrived) -> Tensor:
+        """Send the sums [R, D] home and add up each token's: [T, D]."""
+
+
+@dataclass(frozen=True)
+class LocalExchange:
+    """All experts are here: both journeys are the identity.
+
+    Attributes:
+        num_experts: experts E of a layer.
+    """
+
+    num_experts: int
+
+    @property
+    def experts(self) -> range:
+        """Global indices of the experts that this rank holds: all."""
+        return range(self.num_experts)
+
+    def dispatch(self, x_TD: Tensor, plan: Plan) -> Arrived:
+        """Return the tokens as they are. Waits for the device only when assignments were dropped."""
+        experts_TK = torch.where(plan.kept_TK, plan.experts_TK, self.num_experts)
+        num_assignments = plan.kept_TK.numel() if plan.all_kept else int(plan.kept_TK.sum())
+        return Arrived(x_TD, experts_TK, plan.weights_TK, num_assignments, journey=None)
+
+    def combine(self, sums_RD: Tensor, arrived: Arrived) -> Tensor:
+        """Return the sums as they are."""
+        return sums_RD
+
+
+@dataclass(frozen=True)
+class AllToAllExchange:
+    """Experts are sharded over the ranks of a group in runs of E / P.
+
+    Attributes:
+        group: the EP group.
+        num_experts: experts E of a layer, a multiple of the group's size P.
+    """
+
+    group: dist.ProcessGroup
+    num_experts: int
+
+    @property
+    def held(self) -> int:
+        """Number L of experts per rank."""
+        return self.num_experts // self.group.size()
+
+    @property
+    def experts(self) -> range:
+        """Global indices of the experts that this rank holds."""
+        return range(self.group.rank() * self.held, (self.group.rank() + 1) * self.held)
+
+    def dispatch(self, x_TD: Tensor, plan: Plan) -> Arrived:
+        """Send each token once to every rank that holds one of its experts. Waits for the device once."""
+        num_ranks = self.group.size()
+        home_TK = torch.where(plan.kept_TK, plan.experts_TK // self.held, num_ranks)
+        visits_TP = visits(home_TK, num_ranks)
+        sent, received, num_assignments = self.agree_on_counts(home_TK, visits_TP)
+        ranks_P = torch.arange(num_ranks, device=x_TD.device)
+        row_map = map_rows(torch.where(visits_TP, ranks_P, num_ranks), num_ranks, sum(sent))
+
+        # Row n goes to rank p: of its token's choices, those that live there, counted from that rank's first expert.
+        rank_N1 = (row_map.choices_N % num_ranks).unsqueeze(1)
+        there_NK = home_TK.index_select(0, row_map.tokens_N) == rank_N1
+        experts_NK = plan.experts_TK.index_select(0, row_map.tokens_N) - rank_N1 * self.held
+        experts_NK = torch.where(there_NK, experts_NK, self.held)
+
+        name = self.group.group_name
+        journey = Journey(row_map, sent, received)
+        return Arrived(
+            rows_RD=all_to_all_rows(gather_rows(x_TD, row_map), received, sent, name),
+            experts_RK=all_to_all_rows(experts_NK.to(torch.int32), received, sent, name).to(torch.int64),
+            weights_RK=all_to_all_rows(gather_rows(plan.weights_TK, row_map), received, sent, name),
+            num_assignments=num_assignments,
+            journey=journey,
+        )
+
+    def agree_on_counts(self, home_TK: Tensor, visits_TP: Tensor) -> tuple[list[int], list[int], int]:
+        """Tell every rank how many rows and assignments come; return rows sent, rows received, assignments here."""
+        num_ranks = self.group.size()
+        assigned_P = torch.bincount(home_TK.flatten(), minlength=num_ranks + 1)[:num_ranks]
+        outgoing_P2 = torch.stack([visits_TP.sum(dim=0), assigned_P], dim=1)
+        incoming_P2 = exchange_counts(outgoing_P2, self.group)
+        table = torch.stack([outgoing_P2[:, 0], incoming_P2[:, 0], incoming_P2[:, 1]]).tolist()
+        return table[0], table[1], sum(table[2])
+
+    def combine(self, sums_RD: Tensor, arrived: Arrived) -> Tensor:
+        """Send the partial sums home and add up each token's, in order of ranks."""
+        journey = arrived.journey
+        assert journey is not None, "these tokens did not come by an exchange between ranks"
+        parts_ND = all_to_all_rows(sums_RD, journey.sent, journey.received, self.group.group_name)
+        return sum_rows(parts_ND, journey.row_map)
+
+
+def visits(home_TK: Tensor, num_ranks: int) -> Tensor:
+    """Return [T, P] bool: whether token t goes to rank p, from the rank of each choice (num_ranks for none)."""
+    visited = torch.zeros(home_TK.shape[0], num_ranks + 1, dtype=torch.bool, device=home_TK.device)
+    return visited.scatter_(1, home_TK, True)[:, :num_ranks]

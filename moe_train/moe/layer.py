@@ -1,0 +1,74 @@
+"""The Mixture-of-Experts layer: the seam where routing, capacity, exchange and experts meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from moe_train.moe.balance import Balance, RoutingRecord
+from moe_train.moe.capacity import Capacity
+from moe_train.moe.exchange import Exchange
+from moe_train.moe.experts import Experts
+from moe_train.moe.router import TopKRouter
+
+
+@dataclass(frozen=True)
+class MoEOutput:
+    """What a layer returns.
+
+    Attributes:
+        y_BSD: [B, S, D] sum over the kept experts of each token; zeros for a token that has none.
+        record: the router's sums, from which the step forms the balance losses and the metrics.
+    """
+
+    y_BSD: Tensor
+    record: RoutingRecord
+
+
+class MoELayer(nn.Module):
+    """Routes tokens to experts, wherever these live. `forward` changes nothing: recomputation cannot count twice.
+
+    Args:
+        router: chooses experts.
+        capacity: limits what they take.
+        exchange: brings tokens to them; with the number of experts held, all that expert parallelism changes.
+        experts: those held on this rank.
+        balance: losses over what the router did; formed by the step, kept here because they belong to the layer.
+        shared: a network that every token visits, or None (DeepSeekMoE, arXiv 2401.06066, eq. 9).
+    """
+
+    def __init__(
+        self,
+        router: TopKRouter,
+        capacity: Capacity,
+        exchange: Exchange,
+        experts: Experts,
+        balance: Balance,
+        shared: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.capacity = capacity
+        self.exchange = exchange
+        self.experts = experts
+        self.balance = balance
+        self.shared = shared
+
+    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None = None) -> MoEOutput:
+        """Apply the layer.
+
+        Args:
+            x_BSD: [B, S, D] tokens.
+            valid_BS: [B, S] bool, False for padding, which visits no expert and counts nowhere; None: all valid.
+        """
+        length = x_BSD.shape[1]
+        x_TD = x_BSD.flatten(0, 1)
+        routing = self.router(x_TD)
+        plan = self.capacity.plan(routing, valid_BS, length, self.training)
+        arrived = self.exchange.dispatch(x_TD, plan)
+        sums_RD = self.experts(arrived)
+        y_BSD = self.exchange.combine(sums_RD, arrived).view_as(x_BSD)
+        if self.shared is not None:
+            y_BSD = y_BSD + self.shared(x_BSD)
+        return MoEOutput(y_BSD, RoutingRecord.of(routing, plan, valid_BS, length))

@@ -1,0 +1,49 @@
+"""What a parameter is: the one tag that decides how it is initialised, reduced, counted in the norm and saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import nn
+
+
+class Kind(StrEnum):
+    """Who holds a parameter and which tokens it serves."""
+
+    DENSE = "dense"
+    """Replicated on every rank; serves every token."""
+    ROUTER = "router"
+    """Replicated on every rank; kept in fp32."""
+    EXPERT = "expert"
+    """Dimension 0 runs over this rank's experts; replicated over the expert-data group only."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """One parameter's role.
+
+    Attributes:
+        kind: who holds it.
+        std: standard deviation of its normal initial values; None: all ones (the gains of norms).
+        experts: for Kind.EXPERT, the global indices of the experts along dimension 0.
+    """
+
+    kind: Kind
+    std: float | None
+    experts: range = range(0)
+
+
+def roles_of(model: nn.Module) -> dict[str, Role]:
+    """Return the role of every parameter by its name in ``model``.
+
+    Modules that own parameters say so themselves in an attribute ``roles: dict[str, Role]``.
+    """
+    roles: dict[str, Role] = {}
+    for prefix, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            declared: dict[str, Role] = getattr(module, "roles", {})
+            assert name in declared, f"{type(module).__name__} declares no role for its parameter {name}"
+            roles[f"{prefix}.{name}" if prefix else name] = declared[name]
+    # Tied parameters appear once in named_parameters() and must appear once here.
+    return {name: roles[name] for name, _ in model.named_parameters()}

@@ -1,0 +1,126 @@
+"""Records as lines of plain text: ``step 120/1000 12% | loss 3.412 (ema 3.45) | ... | eta 14m``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_train.observe.records import ExpertHealth, Record, expert_health, finite
+
+NONE = "-"
+LEGEND = (
+    "tok/s: tokens per second over all ranks | mfu: share of peak FLOP/s | mem: peak GiB | data: share of step waiting "
+    "for data | imb: worst layer's max/mean expert load | drop: assignments over capacity"
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the console knows beyond the newest train record.
+
+    Attributes:
+        total_steps: optimizer steps of the whole run.
+        loss_ema: smoothed loss in nats per token; None before the first finite one.
+        remaining_s: estimated time to the last step, in seconds; None during warm-up.
+    """
+
+    total_steps: int
+    loss_ema: float | None
+    remaining_s: float | None
+
+
+def train_line(record: Record, progress: Progress) -> str:
+    """Return the line of a train record."""
+    step, total = record["step"], progress.total_steps
+    ema = number(progress.loss_ema, ".2f")
+    parts = [
+        f"step {step}/{total} {step / total:.0%}",
+        f"loss {number(record.get('loss'), '.3f')} (ema {ema})",
+        f"gnorm {number(record.get('grad_norm'), '.2f')}",
+        f"lr {number(record.get('lr'), '.1e')}",
+        f"{count(record.get('tokens_per_s'))} tok/s",
+        f"mfu {percent(record.get('mfu'))}",
+        f"mem {number(record.get('memory_gib'), '.1f')}G",
+        f"data {percent(data_share(record))}",
+    ]
+    health = expert_health(record)
+    if health is not None:
+        parts.append(health_text(health))
+    parts.append(f"eta {duration(progress.remaining_s)}")
+    return " | ".join(parts)
+
+
+def eval_line(record: Record) -> str:
+    """Return the line of an eval record."""
+    parts = [
+        f"eval step {record['step']}",
+        f"loss {number(record.get('loss'), '.3f')}",
+        f"perplexity {number(record.get('perplexity'), '.2f')}",
+    ]
+    if "bits_per_byte" in record:
+        parts.append(f"{number(record['bits_per_byte'], '.3f')} bits/byte")
+    if "unigram_bits_per_byte" in record:
+        parts[-1] += f" (unigram {number(record['unigram_bits_per_byte'], '.3f')})"
+    return " | ".join(parts)
+
+
+def event_line(record: Record) -> str:
+    """Return the line of an event; characters that would steer a terminal are taken out of its message."""
+    parts = [f"event step {record['step']}", str(record.get("event", "")), str(record.get("message", ""))]
+    return printable(" | ".join(part for part in parts if part))
+
+
+def health_text(health: ExpertHealth) -> str:
+    """Return the short fields of the experts' state."""
+    dead = NONE if health.dead_experts is None else health.dead_experts
+    return f"imb {number(health.imbalance, '.2f')} dead {dead} drop {percent(health.dropped_fraction, '.1%')}"
+
+
+def data_share(record: Record) -> float | None:
+    """Return the share of the step's time that waited for data, 0 to 1, or None when not measured."""
+    wait, step = finite(record.get("data_wait_ms")), finite(record.get("step_ms"))
+    return wait / step if wait is not None and step else None
+
+
+def number(value: object, spec: str) -> str:
+    """Return ``value`` in format ``spec``; ``-`` when it is absent or not finite."""
+    real = finite(value)
+    return NONE if real is None else format(real, spec)
+
+
+def percent(value: object, spec: str = ".0%") -> str:
+    """Return a fraction as a percentage; ``-`` when it is absent or not finite."""
+    return number(value, spec)
+
+
+def count(value: object) -> str:
+    """Return a quantity with three digits and a unit prefix: ``41.2k``, ``1.25M``; ``-`` when absent."""
+    real = finite(value)
+    if real is None:
+        return NONE
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if real >= limit:
+            return f"{real / limit:.3g}{suffix}"
+    return f"{real:.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time in its leading units: ``45s``, ``3m20s``, ``14m``, ``2h05m``, ``3d04h``; ``-`` when unknown."""
+    if seconds is None:
+        return NONE
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes}m"
+    if minutes < 24 * 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    hours = round(minutes / 60)
+    return f"{hours // 24}d{hours % 24:02d}h"
+
+
+def printable(text: str) -> str:
+    """Return ``text`` on one line, without control characters."""
+    return "".join(character if character.isprintable() else " " for character in text)

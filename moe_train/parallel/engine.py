@@ -1,0 +1,120 @@
+"""What executes an optimizer step: the protocol, and torch's own engine."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moe_train.dist.mesh import Mesh
+from moe_train.models.transformer import Transformer
+from moe_train.moe.roles import Kind, roles_of
+from moe_train.parallel.gradients import GradientBuffers
+
+
+class Engine(Protocol):
+    """A model with its optimizer, over all ranks."""
+
+    @property
+    def model(self) -> Transformer:
+        """The model as this rank holds it."""
+
+    def zero_grad(self) -> None:
+        """Start a step."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's share of the loss."""
+
+    def step(self, learning_rate: float, clip_norm: float | None) -> Tensor:
+        """Reduce, clip and update; return the gradient norm before clipping."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state to save, by key; loading fills these tensors in place."""
+
+    def expert_keys(self) -> set[str]:
+        """Return the keys of `tensors` whose dimension 0 runs over this rank's experts."""
+
+
+class NonFiniteGradientError(Exception):
+    """The gradient norm is infinite or not a number: the update was not made."""
+
+
+class TorchEngine:
+    """Replicated dense parameters, experts sharded over EP groups, torch's optimizer.
+
+    Args:
+        model: with initial values, on its device.
+        optimizer: over the model's parameters.
+        mesh: the groups.
+    """
+
+    def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.gradients = GradientBuffers(model, mesh)
+        materialise(optimizer)
+
+    def zero_grad(self) -> None:
+        """Start a step: gradients become zeros in place, never None."""
+        self.gradients.zero()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's share of the loss."""
+        torch.autograd.backward(loss)
+
+    def step(self, learning_rate: float, clip_norm: float | None) -> Tensor:
+        """Reduce, clip and update.
+
+        Args:
+            learning_rate: of this step.
+            clip_norm: largest norm; None: no clipping.
+
+        Returns:
+            The gradient norm before clipping, fp64 scalar, equal on every rank.
+
+        Raises:
+            NonFiniteGradientError: on every rank, before any parameter changed.
+        """
+        self.gradients.reduce()
+        norm = self.gradients.norm()
+        if not bool(norm.isfinite()):
+            name = self.gradients.first_nonfinite()
+            raise NonFiniteGradientError(f"gradient norm is {norm.item()}; first bad parameter here: {name or 'none'}")
+        if clip_norm is not None:
+            self.gradients.scale((clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return weights and optimizer state by key, as the checkpoint names them."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optim.{name}.{key}"] = value
+        return tensors
+
+    def expert_keys(self) -> set[str]:
+        """Return the keys of `tensors` whose dimension 0 runs over this rank's experts."""
+        names = {name for name, role in roles_of(self.model).items() if role.kind is Kind.EXPERT}
+        return {key for key, value in self.tensors().items() if value.dim() and key_name(key) in names}
+
+
+def key_name(key: str) -> str:
+    """Return the parameter's name in a key of `tensors`."""
+    section, _, rest = key.partition(".")
+    return rest if section == "model" else rest.rpartition(".")[0]
+
+
+def materialise(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter its Adam state now: a checkpoint has the same keys at every step, also at step 0."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device if group.get("fused") else "cpu"),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }

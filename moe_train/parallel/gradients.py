@@ -1,0 +1,90 @@
+"""Gradients in flat buffers: one for what every rank holds, one for this rank's experts.
+
+Every `p.grad` is a view into its buffer, so that a reduction is one collective, the norm is one pass, and a parameter
+that no token reached has a gradient of zeros instead of None (a rank that skips a collective hangs all others).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_train.dist.mesh import Mesh
+from moe_train.moe.roles import Kind, roles_of
+
+
+class GradientBuffers:
+    """The gradients of a model whose losses are sums over tokens, divided once by the global number of tokens.
+
+    With that rule every reduction is a plain sum. A dense gradient is summed over all ranks. An expert's gradient has
+    already collected the tokens of its EP group by way of the exchange; it is summed over its replicas.
+
+    Args:
+        model: its parameters get their gradients here.
+        mesh: the groups to sum over.
+    """
+
+    def __init__(self, model: nn.Module, mesh: Mesh) -> None:
+        self.mesh = mesh
+        roles = roles_of(model)
+        parameters = dict(model.named_parameters())
+        experts = [p for name, p in parameters.items() if roles[name].kind is Kind.EXPERT]
+        dense = [p for name, p in parameters.items() if roles[name].kind is not Kind.EXPERT]
+        self.names = [*(n for n in parameters if roles[n].kind is not Kind.EXPERT)]
+        self.names += [n for n in parameters if roles[n].kind is Kind.EXPERT]
+        self.parameters = dense + experts
+        self.dense = flat_buffer(dense)
+        self.experts = flat_buffer(experts)
+
+    def zero(self) -> None:
+        """Start a step."""
+        for buffer in (self.dense, self.experts):
+            buffer.zero_()
+
+    def reduce(self) -> None:
+        """Sum over the ranks, once per optimizer step, in a fixed order on every rank."""
+        for parameter, name in zip(self.parameters, self.names, strict=True):
+            assert parameter.grad is not None, f"the gradient of {name} has left its buffer"
+        dist.all_reduce(self.dense, group=self.mesh.world)
+        if self.experts.numel():
+            dist.all_reduce(self.experts, group=self.mesh.edp)
+
+    def norm(self) -> Tensor:
+        """Return the L2 norm of the whole model's gradient, fp64 scalar, equal on every rank; call after `reduce`.
+
+        Each expert counts once: squares are added over the EP group, never over the replicas.
+        """
+        squared_dense, squared_experts = (
+            torch.linalg.vector_norm(buffer, dtype=torch.float64).square() if buffer.numel() else buffer.new_zeros(())
+            for buffer in (self.dense, self.experts)
+        )
+        squared_experts = squared_experts.to(torch.float64)
+        dist.all_reduce(squared_experts, group=self.mesh.ep)
+        return (squared_dense + squared_experts).sqrt()
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply all gradients with a scalar."""
+        for buffer in (self.dense, self.experts):
+            buffer.mul_(factor.to(buffer.dtype))
+
+    def first_nonfinite(self) -> str:
+        """Return the name of the first parameter on this rank with an infinite or undefined gradient, or ''."""
+        for parameter, name in zip(self.parameters, self.names, strict=True):
+            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+                return name
+        return ""
+
+
+def flat_buffer(parameters: list[nn.Parameter]) -> Tensor:
+    """Return one buffer of zeros [number of values] and make it hold the parameters' gradients."""
+    dtypes = {p.dtype for p in parameters}
+    assert len(dtypes) <= 1, f"parameters of several dtypes {dtypes} cannot share a buffer"
+    if not parameters:
+        return torch.zeros(0)
+    buffer = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
+    start = 0
+    for parameter in parameters:
+        parameter.grad = buffer[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+    return buffer

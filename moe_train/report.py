@@ -1,0 +1,40 @@
+"""``python -m moe_train.report run.dir=DIR``: draw the report of a finished or running run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_train.config.door import door
+from moe_train.config.schema import ReportConfig
+from moe_train.errors import DataError, Problem
+from moe_train.observe.report import write_report
+from moe_train.observe.sinks.jsonl import FILE_NAME
+
+
+@door("report", ReportConfig)
+def main(config: ReportConfig) -> None:
+    """Write ``report/index.html`` into the run folder and print its path.
+
+    Raises:
+        DataError: the run folder is missing or has no metrics.
+    """
+    run_dir = Path(config.run.dir).expanduser()
+    check(run_dir)
+    print(write_report(run_dir))  # noqa: T201
+
+
+def check(run_dir: Path) -> None:
+    """Refuse a folder that no training wrote.
+
+    Raises:
+        DataError: the folder or its metrics are missing.
+    """
+    if not run_dir.is_dir():
+        raise DataError(Problem("run.dir", run_dir, "no such folder", "name the folder of a run: runs/NAME"))
+    if not (run_dir / FILE_NAME).is_file():
+        remedy = "name the folder of a run that has reached its first record"
+        raise DataError(Problem("run.dir", run_dir, f"it holds no {FILE_NAME}", remedy))
+
+
+if __name__ == "__main__":
+    main()

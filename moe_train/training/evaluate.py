@@ -1,0 +1,56 @@
+"""Held-out evaluation: loss, perplexity and bits per byte, the same on every layout."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from moe_train.data.loader import heldout_batches
+from moe_train.data.store import TokenStore
+from moe_train.dist.mesh import Mesh
+from moe_train.dist.world import World
+from moe_train.models.transformer import Transformer
+from moe_train.ops.loss import IGNORE, cross_entropy_sum
+from moe_train.training.step import forward, on_device
+
+
+@torch.no_grad()
+def evaluate(
+    model: Transformer, store: TokenStore, world: World, mesh: Mesh, seq_len: int, batch: int, limit: int | None
+) -> dict[str, float]:
+    """Return the figures of a record of kind ``eval``. Collective; balance losses are left out.
+
+    Every rank runs the same number of forward passes, padded where text is missing, so that no exchange hangs.
+
+    Args:
+        model: as this rank holds it; training mode is restored afterwards.
+        store: held-out tokens.
+        world: the processes.
+        mesh: their groups.
+        seq_len: positions per sequence.
+        batch: sequences per rank and forward pass.
+        limit: forward passes; None: the whole split.
+
+    Returns:
+        ``loss`` in nats per token, ``perplexity``, ``bits_per_byte`` of the text, and ``unigram_bits_per_byte``: the
+        entropy of the split's own token frequencies, which no model without context can beat.
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64)
+    for window in heldout_batches(store, seq_len, batch, world.rank, world.size, limit):
+        logits_TV = forward(model, window).logits_BSV.flatten(0, 1)
+        labels_T = window.labels_BS.flatten()
+        sums[0] += cross_entropy_sum(logits_TV, on_device(labels_T, model)).cpu()
+        sums[1] += int((labels_T != IGNORE).sum())
+    model.train(was_training)
+    loss_sum, tokens = world.sum_on_host(sums).tolist()
+    loss = loss_sum / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": loss / math.log(2) * store.num_tokens / store.num_bytes,
+        "unigram_bits_per_byte": store.unigram_entropy_bits_per_byte(),
+        "eval_tokens": tokens,
+    }

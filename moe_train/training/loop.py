@@ -1,0 +1,171 @@
+"""The training loop: steps, records, evaluations, checkpoints, and every way in which it may end."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from moe_train.checkpoint.state import CheckpointState
+from moe_train.data.loader import Batch
+from moe_train.dist.comm import METER
+from moe_train.errors import CheckpointError
+from moe_train.models.counts import count
+from moe_train.observe.sinks import RunContext, SinkGroup, open_sinks
+from moe_train.ops.loss import IGNORE
+from moe_train.training.evaluate import evaluate
+from moe_train.training.optim import learning_rate
+from moe_train.training.random import random_state
+from moe_train.training.setup import Run, identity, micro_batch
+from moe_train.training.signals import StopRequest
+from moe_train.training.speed import memory_gib, model_flops_utilisation
+from moe_train.training.step import StepResult, train_step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended.
+
+    Attributes:
+        step: optimizer steps done.
+        signal: the signal that asked to stop; None when the training is complete.
+        final: the figures of the final evaluation; empty when there was none.
+    """
+
+    step: int
+    signal: int | None
+    final: dict[str, float]
+
+
+@dataclass
+class Window:
+    """Time since the last record."""
+
+    start_s: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    tokens: int = 0
+    data_wait_s: float = 0.0
+
+
+def fit(run: Run) -> Outcome:
+    """Train from the run's start step to its last, or until a signal. Collective."""
+    config = run.config
+    context = RunContext(run.folder, config, run.start_step)
+    with open_sinks(context, run.world.is_leader) as sinks, StopRequest() as stop:
+        announce(run, sinks)
+        window = Window()
+        step, signal = run.start_step, None
+        while step < config.train.steps and signal is None:
+            batches, tokens, signal = next_batches(run, stop, window)
+            rate = learning_rate(step, config.train.steps, config.optim)
+            result = train_step(run.engine, run.mesh, batches, tokens, rate, config.train.clip_norm)
+            step += 1
+            window.steps, window.tokens = window.steps + 1, window.tokens + tokens
+            if step % config.log.every == 0 or step in (1, config.train.steps):
+                sinks.write(train_record(run, step, rate, tokens, result, window))
+                window = Window()
+            if due(step, config.eval.every) and step < config.train.steps:
+                sinks.write({"kind": "eval", "step": step, **held_out(run, config.eval.batches)})
+            if due(step, config.checkpoint.every) and step < config.train.steps and signal is None:
+                save_or_report(run, step, sinks)
+        if step > run.start_step:
+            save(run, step, sinks)
+        final = held_out(run, None) if signal is None else {}
+        if final and step > run.start_step:
+            sinks.write({"kind": "eval", "step": step, **final})
+        sinks.close("finished" if signal is None else "interrupted")
+    return Outcome(step, signal, final)
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after ``step`` steps."""
+    return every > 0 and step % every == 0
+
+
+def announce(run: Run, sinks: SinkGroup) -> None:
+    """Record how this life of the run starts."""
+    size = count(run.config.model, run.corpus.tokenizer.vocab_size, run.config.data.seq_len)
+    event = "resumed" if run.start_step else "started"
+    message = (
+        f"{event} at step {run.start_step} on {run.world.size} rank(s) of {run.world.device.type}, "
+        f"ep {run.mesh.layout.ep}, {run.accumulation} micro-batch(es) per step; "
+        f"{size.total:,} parameters, {size.active:,} active; {run.corpus.train.num_tokens:,} tokens of text"
+    )
+    sizes = {"parameters": size.total, "active_parameters": size.active}
+    sinks.write({"kind": "event", "step": run.start_step, "event": event, "message": message, **sizes})
+
+
+def next_batches(run: Run, stop: StopRequest, window: Window) -> tuple[list[Batch], int, int | None]:
+    """Return this rank's micro-batches, the valid tokens over all ranks, and the signal that any rank got.
+
+    One sum on the host serves both, so that all ranks stop at the same step without a collective of its own.
+    """
+    start_s = time.perf_counter()
+    batches = run.loader.next_step()
+    window.data_wait_s += time.perf_counter() - start_s
+    valid = sum(int((batch.labels_BS != IGNORE).sum()) for batch in batches)
+    sums = torch.tensor([valid, stop.signal or 0, int(stop.signal is not None)], dtype=torch.float64)
+    tokens, signals, stopped = (int(v) for v in run.world.sum_on_host(sums).tolist())
+    return batches, tokens, signals // stopped if stopped else None
+
+
+def train_record(
+    run: Run, step: int, rate: float, tokens: int, result: StepResult, window: Window
+) -> dict[str, object]:
+    """Return the record of one step; times are means per step since the last record. Collective."""
+    figures = result.tally.measure(tokens, run.mesh)
+    seconds = time.perf_counter() - window.start_s
+    tokens_per_s = window.tokens / seconds
+    return {
+        "kind": "train",
+        "step": step,
+        "loss": figures.pop("loss"),
+        "aux_loss": figures.pop("aux_loss", None),
+        "z_loss": figures.pop("z_loss", None),
+        "grad_norm": result.grad_norm.item(),
+        "lr": rate,
+        "tokens": step * run.config.train.global_batch * run.config.data.seq_len,
+        "tokens_per_s": tokens_per_s,
+        "step_ms": seconds / window.steps * 1e3,
+        "data_wait_ms": window.data_wait_s / window.steps * 1e3,
+        "exchange_ms": METER.take_ms() / window.steps,
+        "memory_gib": memory_gib(run.world.device),
+        "mfu": model_flops_utilisation(run.config, run.corpus.tokenizer.vocab_size, run.world, tokens_per_s),
+        **figures,
+    }
+
+
+def held_out(run: Run, batches: int | None) -> dict[str, float]:
+    """Evaluate on ``batches`` global batches of the held-out text, or on all of it. Collective."""
+    limit = None if batches is None else batches * run.accumulation
+    rows = micro_batch(run.config, run.world)
+    store, seq_len = run.corpus.heldout, run.config.data.seq_len
+    return evaluate(run.engine.model, store, run.world, run.mesh, seq_len, rows, limit)
+
+
+def save(run: Run, step: int, sinks: SinkGroup) -> None:
+    """Publish a checkpoint. Collective.
+
+    Raises:
+        CheckpointError: on all ranks; earlier checkpoints are intact.
+    """
+    start_s = time.perf_counter()
+    state = CheckpointState(
+        tensors=run.engine.tensors(),
+        expert_keys=run.engine.expert_keys(),
+        trainer={"step": step, "loader": run.loader.state_dict(), "identity": identity(run.config, run.corpus)},
+        random=random_state(run.world.device),
+    )
+    path = run.manager.save(step, state)
+    stall_ms = (time.perf_counter() - start_s) * 1e3
+    message = f"saved {path} in {stall_ms:.0f} ms"
+    sinks.write({"kind": "event", "step": step, "event": "saved", "message": message, "stall_ms": stall_ms})
+
+
+def save_or_report(run: Run, step: int, sinks: SinkGroup) -> None:
+    """Publish a checkpoint, or say why not and go on: a full disk must not cost the run, which has older ones."""
+    try:
+        save(run, step, sinks)
+    except CheckpointError as error:
+        sinks.write({"kind": "event", "step": step, "event": "save failed", "message": error.report()})

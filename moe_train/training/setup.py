@@ -1,0 +1,153 @@
+"""From a configuration to everything that a run holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import BaseModel
+
+from moe_train.checkpoint.compatibility import check_compatible
+from moe_train.checkpoint.manager import CheckpointManager
+from moe_train.checkpoint.reader import CHECKPOINTS, Checkpoint
+from moe_train.config.schema import ModelConfig, TrainConfig
+from moe_train.data.corpus import Corpus, open_corpus
+from moe_train.data.loader import TrainLoader
+from moe_train.dist.mesh import Mesh, build_mesh
+from moe_train.dist.world import World
+from moe_train.models.initialise import initialise
+from moe_train.models.transformer import Transformer
+from moe_train.moe.exchange import AllToAllExchange, Exchange, LocalExchange
+from moe_train.observe.environment import environment
+from moe_train.parallel.engine import Engine, TorchEngine
+from moe_train.training.optim import build_optimizer
+from moe_train.training.random import restore_random_state
+
+ACTIVATIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+"""Dtype of activations by train.precision."""
+WEIGHTS = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
+"""Dtype of weights, gradients and optimizer state by train.precision."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run holds.
+
+    Attributes:
+        config: the validated configuration.
+        world: the processes.
+        mesh: their groups.
+        corpus: tokenizer, training text and held-out text.
+        engine: model and optimizer.
+        loader: this rank's batches, in an order that no layout changes.
+        manager: checkpoints.
+        start_step: optimizer steps already done.
+    """
+
+    config: TrainConfig
+    world: World
+    mesh: Mesh
+    corpus: Corpus
+    engine: Engine
+    loader: TrainLoader
+    manager: CheckpointManager
+    start_step: int
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.run.dir).expanduser()
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimizer step and rank."""
+        return self.config.train.global_batch // (micro_batch(self.config, self.world) * self.world.size)
+
+
+def build_run(config: TrainConfig, world: World) -> Run:
+    """Prepare data, model and optimizer, and go on from a checkpoint when there is one. Collective.
+
+    Raises:
+        DataError, CheckpointError: on all ranks alike.
+    """
+    mesh = build_mesh(world, config.parallel.ep)
+    corpus = open_corpus(config.data, config.tokenizer, world.leader_first)
+    model = build_model(config.model, corpus.tokenizer.vocab_size, mesh, world, config.train.precision)
+    initialise(model, config.run.seed)
+    engine = TorchEngine(model, build_optimizer(model, config.optim), mesh)
+    loader = TrainLoader(
+        corpus.train,
+        seq_len=config.data.seq_len,
+        global_batch=config.train.global_batch,
+        micro_batch=micro_batch(config, world),
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.run.seed,
+    )
+    manager = CheckpointManager(Path(config.run.dir).expanduser() / CHECKPOINTS, world, mesh, config.checkpoint.keep)
+    checkpoint = manager.resume(config.checkpoint.resume)
+    if checkpoint is not None:
+        restore(checkpoint, identity(config, corpus), engine, loader, world)
+    run = Run(config, world, mesh, corpus, engine, loader, manager, checkpoint.step if checkpoint else 0)
+    world.leader_first(lambda: describe(run))
+    return run
+
+
+def micro_batch(config: TrainConfig, world: World) -> int:
+    """Return sequences per rank and forward pass."""
+    return config.train.micro_batch or config.train.global_batch // world.size
+
+
+def build_model(config: ModelConfig, vocab_size: int, mesh: Mesh, world: World, precision: str) -> Transformer:
+    """Return a model on this rank's device, without values, holding its share of the experts."""
+    num_experts = config.ffn.num_experts
+    exchange: Exchange = LocalExchange(num_experts)
+    if mesh.layout.ep > 1:
+        exchange = AllToAllExchange(mesh.ep, num_experts)
+    with torch.device(world.device):
+        model = Transformer(config, vocab_size, exchange, ACTIVATIONS[precision])
+    return model.to(WEIGHTS[precision])
+
+
+def restore(checkpoint: Checkpoint, current: dict[str, Any], engine: Engine, loader: TrainLoader, world: World) -> None:
+    """Take weights, optimizer state, data position and random state from a checkpoint.
+
+    Raises:
+        CheckpointError: it belongs to another run; lists each difference.
+    """
+    check_compatible(checkpoint.trainer["identity"], current, allow=())
+    checkpoint.fill(engine.tensors(), engine.expert_keys())
+    loader.load_state_dict(checkpoint.trainer["loader"])
+    if checkpoint.random is not None:
+        restore_random_state(checkpoint.random, world.device)
+
+
+def identity(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
+    """Return what makes a run the run it is; everything else may change over its lives."""
+    return {
+        "run.seed": config.run.seed,
+        "train.global_batch": config.train.global_batch,
+        "train.precision": config.train.precision,
+        "data.seq_len": config.data.seq_len,
+        "data fingerprint": corpus.fingerprint,
+        "tokenizer fingerprint": corpus.tokenizer.fingerprint,
+        "model": config.model.model_dump(mode="json"),
+    }
+
+
+def describe(run: Run) -> None:
+    """Write what the run is into its folder: configuration, environment, tokenizer."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_config(run.folder / "config.yaml", run.config)
+    device = None if run.world.device.type == "cpu" else {"device": str(run.world.device)}
+    (run.folder / "environment.json").write_text(json.dumps(environment(device), indent=1) + "\n")
+    run.corpus.tokenizer.save(run.folder / "tokenizer.json")
+
+
+def write_config(path: Path, config: BaseModel) -> None:
+    """Write a resolved configuration as YAML."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

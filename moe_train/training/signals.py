@@ -1,0 +1,29 @@
+"""A polite end: SIGTERM and Ctrl-C let the current step finish and save; a second Ctrl-C ends at once."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+
+class StopRequest:
+    """Remembers the first signal that asked this process to stop, while the context lasts."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Remember the signal; the same one again has its usual effect if it is an interrupt."""
+        self.signal = self.signal or number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,66 @@
+"""The one way in which tests start ranks: spawned, over a file store, with a timeout and the failing rank's traceback."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from moe_train.dist.world import World, joined
+
+COLLECTIVE_TIMEOUT_S = 30.0
+
+
+def run_ranks(work: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """Run ``work(world, *args)`` on ``world_size`` gloo ranks and return their results by rank.
+
+    ``work`` must be a top-level function and its result picklable. Each start imports torch: put many cases into one.
+    """
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=_rank_main, args=(work, rank, world_size, folder, args))
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + timeout_s
+        while any(p.is_alive() for p in ranks) and time.monotonic() < deadline and not any(p.exitcode for p in ranks):
+            time.sleep(0.02)
+        failed = [rank for rank, process in enumerate(ranks) if process.exitcode]
+        time.sleep(0.5 if failed else 0.0)  # the traceback of the first failure, not of those whom it took along
+        for process in ranks:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        errors = [path.read_text() for rank in range(world_size) if (path := Path(folder, f"error{rank}")).exists()]
+        if errors:
+            raise AssertionError("\n".join(errors))
+        assert not failed, f"ranks {failed} ended with {[ranks[r].exitcode for r in failed]}"
+        missing = [rank for rank in range(world_size) if not Path(folder, f"result{rank}").exists()]
+        assert not missing, f"ranks {missing} gave no result within {timeout_s} s"
+        return [torch.load(Path(folder, f"result{rank}"), weights_only=False) for rank in range(world_size)]
+
+
+def _rank_main(work: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.FileStore(f"{folder}/store", world_size)
+    world = World(rank, world_size, torch.device("cpu"), COLLECTIVE_TIMEOUT_S)
+    try:
+        with joined(store, world):
+            result = work(world, *args)
+            torch.save(result, f"{folder}/partial{rank}")
+            Path(folder, f"partial{rank}").replace(f"{folder}/result{rank}")
+            dist.barrier()
+    except BaseException:
+        Path(folder, f"error{rank}").write_text(f"--- rank {rank} ---\n{traceback.format_exc()}")
+        raise SystemExit(1) from None

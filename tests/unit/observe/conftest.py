@@ -1,0 +1,80 @@
+"""A made-up run with known figures, as the files of a run folder."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+RunMaker = Callable[..., Path]
+
+
+def train_record(step: int, layers: int = 4, experts: int = 8, drop: float = 0.0, seed: int = 0) -> dict[str, Any]:
+    """A train record with a falling loss; the experts of deeper layers start out more uneven and even out."""
+    random = np.random.default_rng([seed, step])
+    record: dict[str, Any] = {
+        "kind": "train",
+        "step": step,
+        "loss": 3.0 + 5.3 * math.exp(-step / 80) + float(random.normal(0, 0.05)),
+        "aux_loss": 1.05,
+        "z_loss": 0.4,
+        "grad_norm": 0.8,
+        "lr": 3e-4,
+        "tokens": step * 8192,
+        "tokens_per_s": 41_200.0 + float(random.normal(0, 900)),
+        "step_ms": 200.0 + float(random.normal(0, 5)),
+        "data_wait_ms": 4.0,
+        "exchange_ms": 31.0,
+        "memory_gib": 1.9,
+        "mfu": None,
+    }
+    for layer in range(layers):
+        skew = np.random.default_rng([seed, layer]).normal(0, 0.4 + layer / layers, experts)
+        weights = np.exp(skew * math.exp(-step / 120) + random.normal(0, 0.08, experts))
+        load = weights / weights.sum()
+        if layer == layers - 1 and step < 100:
+            load[0] = 0.0
+        prefix = f"moe/layer_{layer:02d}"
+        record[f"{prefix}/load"] = load.tolist()
+        record[f"{prefix}/dropped_fraction"] = drop * math.exp(-step / 100) * (1 + layer / layers)
+        record[f"{prefix}/max_violation"] = float(load.max() * experts - 1)
+        record[f"{prefix}/entropy"] = math.log(experts) * (1 - 0.5 * (1 - math.exp(-step / 150)) * (layer + 1) / layers)
+        record[f"{prefix}/dead_experts"] = int((load == 0).sum())
+    return record
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> RunMaker:
+    """Return a function that writes a run folder and returns its path."""
+
+    def make(steps: int = 400, every: int = 10, **shape: Any) -> Path:
+        run_dir = tmp_path / "run"
+        run_dir.mkdir()
+        records: list[dict[str, Any]] = [
+            {"kind": "event", "step": 0, "event": "started", "parameters": 11_400_000, "active_parameters": 4_100_000}
+        ]
+        for step in range(every, steps + 1, every):
+            records.append(train_record(step, **shape))
+            if step % (10 * every) == 0:
+                loss = 3.1 + 5.2 * math.exp(-step / 80)
+                heldout = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / 1.6}
+                records.append({"kind": "eval", "step": step, **heldout, "unigram_bits_per_byte": 4.1})
+                records.append({"kind": "event", "step": step, "event": "saved", "message": f"step_{step:08d}"})
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (run_dir / "metrics.jsonl").write_text(lines)
+        (run_dir / "config.yaml").write_text(f"run:\n  name: made_up\ntrain:\n  steps: {steps}\n")
+        environment = {
+            "started_utc": "2030-01-01T00:00:00+00:00",
+            "command": ["python", "-u", "-m", "moe_train.train", "run.name=made_up"],
+            "git": {"commit": "0123456789abcdef", "dirty": True},
+            "variables": {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        }
+        (run_dir / "environment.json").write_text(json.dumps(environment))
+        (run_dir / "samples").mkdir()
+        (run_dir / "samples" / "step_00000400.txt").write_text("ROMEO:\nWhat light <through> yonder & window breaks?")
+        return run_dir
+
+    return make

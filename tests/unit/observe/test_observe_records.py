@@ -1,0 +1,94 @@
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_train.observe.records import expert_health, finite, load_imbalance, parse_record, to_json
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def same_but_null(value, written):
+    """Whether ``written`` is ``value`` with every number that is not finite replaced by None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return written is None
+    if isinstance(value, list):
+        return len(value) == len(written) and all(map(same_but_null, value, written))
+    if isinstance(value, dict):
+        return value.keys() == written.keys() and all(same_but_null(item, written[key]) for key, item in value.items())
+    return value == written
+
+
+@given(st.dictionaries(st.text(), values, max_size=6))
+def test_every_record_is_one_line_of_strict_json(record):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    line = to_json(record)
+    assert "\n" not in line and line.isascii()
+    assert same_but_null(record, json.loads(line, parse_constant=refuse))
+
+
+@given(st.data())
+def test_a_torn_line_is_no_record(data):
+    line = to_json({"kind": "train", "step": 7, "loss": 1.5, "moe/layer_00/load": [0.5, 0.5], "note": "a } b"})
+    assert parse_record(line) is not None
+    assert parse_record(line[: data.draw(st.integers(0, len(line) - 1))]) is None
+
+
+@pytest.mark.parametrize("line", ["3", "null", "[]", '{"step": 1}', '{"kind": "other", "step": 1}', '{"kind": "eval"}'])
+def test_json_that_is_no_record(line):
+    assert parse_record(line) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, "3", True, [1.0]])
+def test_what_is_no_finite_number(value):
+    assert finite(value) is None
+
+
+def test_imbalance_is_largest_over_mean():
+    assert load_imbalance([0.25] * 4) == pytest.approx(1.0)
+    assert load_imbalance([0.5, 0.5, 0.0, 0.0]) == pytest.approx(2.0)
+    assert load_imbalance([1.0, 0.0, 0.0, 0.0]) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("load", [None, [], [0.0, 0.0], [0.5, None], [math.nan, 1.0]])
+def test_imbalance_of_an_unknown_load(load):
+    assert load_imbalance(load) is None
+
+
+def test_health_names_the_worst_layer_and_sums_over_layers():
+    health = expert_health(
+        {
+            "kind": "train",
+            "step": 1,
+            "moe/layer_01/load": [0.5, 0.5],
+            "moe/layer_01/dead_experts": 0,
+            "moe/layer_01/dropped_fraction": 0.02,
+            "moe/layer_01/entropy": 0.5,
+            "moe/layer_03/load": [1.0, 0.0],
+            "moe/layer_03/dead_experts": 1,
+            "moe/layer_03/dropped_fraction": 0.04,
+            "moe/layer_03/entropy": 0.7,
+        }
+    )
+    assert health is not None
+    assert (health.worst_layer, health.imbalance, health.dead_experts) == ("layer_03", 2.0, 1)
+    assert health.dropped_fraction == pytest.approx(0.03)
+    assert health.entropy == pytest.approx(0.6)
+
+
+def test_health_of_a_record_without_numbers_is_unknown_not_zero():
+    health = expert_health({"kind": "train", "step": 1, "moe/layer_01/load": None})
+    assert health is not None
+    assert health.imbalance is None and health.dead_experts is None and health.dropped_fraction is None
+
+
+def test_a_dense_model_has_no_health():
+    assert expert_health({"kind": "train", "step": 1, "loss": 2.0}) is None
