@@ -31,6 +31,8 @@ class UserError(Exception):
     """A mistake outside the program: doors print it without a traceback and exit with status 2."""
 
     title = "error"
+    shared = False
+    """True when every rank raises the same error: one of them is enough to tell the user."""
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)

@@ -2,15 +2,70 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from moe_train.config.door import door
 from moe_train.config.rules import train_problems
 from moe_train.config.schema import TrainConfig
 
+if TYPE_CHECKING:
+    from moe_train.data.tokenizer import Tokenizer
+    from moe_train.models.transformer import Transformer
+
+PROMPT = "ROMEO:\n"
+"""Start of the text sample at the end of a run."""
+
 
 @door("train", TrainConfig, train_problems)
 def main(config: TrainConfig) -> None:
-    """Train."""
-    print(config)
+    """Train, evaluate on all held-out text, write a text sample and the report.
+
+    A run that was asked to stop by a signal saves and exits with 128 + the signal's number.
+    """
+    # Imported here: a mistake in the configuration must be answered before torch is loaded.
+    from moe_train.dist.world import world_from_environment
+    from moe_train.training.loop import fit
+    from moe_train.training.setup import build_run
+
+    with world_from_environment(config.parallel.timeout_s) as world:
+        run = build_run(config, world)
+        outcome = fit(run)
+        text = "" if outcome.signal else sample_text(config, run.corpus.tokenizer, run.engine.model)
+        if world.is_leader:
+            finish(run.folder, outcome.step, outcome.final, text)
+    if outcome.signal:
+        sys.exit(128 + outcome.signal)
+
+
+def sample_text(config: TrainConfig, tokenizer: Tokenizer, model: Transformer) -> str:
+    """Return a continuation of the default prompt. Collective."""
+    from moe_train.inference.sampler import generate
+
+    prompt = tokenizer.encode(PROMPT)
+    continuation = generate(model, prompt, config.sample, tokenizer.boundary_id, config.data.seq_len)
+    return PROMPT + tokenizer.decode(continuation)
+
+
+def finish(folder: Path, step: int, final: dict[str, float], text: str) -> None:
+    """Write the sample and the report, and tell where everything lies."""
+    from moe_train.observe.report import write_report
+
+    if text:
+        samples = folder / "samples"
+        samples.mkdir(exist_ok=True)
+        (samples / f"step_{step:08d}.txt").write_text(text)
+    report = write_report(folder)
+    lines = [f"\n--- sample ---\n{text}\n--------------"] if text else []
+    if final:
+        lines.append(
+            f"held-out loss {final['loss']:.4f} nats/token, perplexity {final['perplexity']:.1f}; "
+            f"{final['bits_per_byte']:.3f} bits/byte (unigram entropy of the same tokens: "
+            f"{final['unigram_bits_per_byte']:.3f})"
+        )
+    lines += [f"run:    {folder.resolve()}", f"report: {report.resolve()}"]
+    print("\n".join(lines))  # noqa: T201
 
 
 if __name__ == "__main__":

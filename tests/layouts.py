@@ -15,8 +15,8 @@ from moe_train.data.loader import Batch
 from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World
 from moe_train.models.initialise import initialise
-from moe_train.models.transformer import Transformer, build_local
-from moe_train.moe.exchange import AllToAllExchange, LocalExchange
+from moe_train.models.transformer import Transformer, build_model
+from moe_train.moe.exchange import LocalExchange, exchange_for
 from moe_train.moe.roles import Kind, roles_of
 from moe_train.parallel.engine import TorchEngine
 from moe_train.training.optim import build_optimizer
@@ -65,7 +65,8 @@ class Case:
         return model
 
     def whole_model(self) -> Transformer:
-        return self.prepare(build_local(self.config().model, VOCAB, torch.float64).double())
+        model = self.config().model
+        return self.prepare(build_model(model, VOCAB, LocalExchange(model.ffn.num_experts), "fp64", torch.device("cpu")))
 
 
 def rank_batches(batch: tuple[Tensor, Tensor], rank: int, world_size: int, accumulation: int) -> list[Batch]:
@@ -92,9 +93,9 @@ def run_layout(world: World, case: Case, ep: int, accumulation: int, dtype: torc
     """Train on this layout."""
     config = case.config()
     mesh = build_mesh(world, ep)
-    num_experts = config.model.ffn.num_experts
-    exchange = LocalExchange(num_experts) if ep == 1 else AllToAllExchange(mesh.ep, num_experts)
-    model = case.prepare(Transformer(config.model, VOCAB, exchange, dtype).to(dtype))
+    exchange = exchange_for(mesh, config.model.ffn.num_experts)
+    precision = {torch.float64: "fp64", torch.float32: "fp32"}[dtype]
+    model = case.prepare(build_model(config.model, VOCAB, exchange, precision, world.device))
     engine = TorchEngine(model, build_optimizer(model, config.optim), mesh)
     truth = Truth([], [], [], {}, {})
     for batch, rate in zip(case.batches(), RATES, strict=True):

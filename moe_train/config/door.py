@@ -76,8 +76,13 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
 
 def check(name: str, schema: type[Schema], rules: Rules[Schema], arguments: list[str]) -> None:
     """Compose once before Hydra does: it would stop at its first problem, with exit status 1."""
-    if not any(argument.startswith("-") for argument in arguments):
+    if any(argument.startswith("-") for argument in arguments):
+        return
+    try:
         compose_config(name, schema, rules, arguments)
+    except UserError as error:
+        error.shared = True  # all ranks have the same command line
+        raise
 
 
 def run_job(
@@ -107,10 +112,14 @@ def name_sweep_job(composed: DictConfig, arguments: list[str]) -> None:
 
 
 def guarded(work: Callable[[], Any]) -> None:
-    """Run ``work``; print a user's mistakes on the first rank and exit with status 2."""
+    """Run ``work``; print a user's mistakes once and exit with status 2.
+
+    An error that only one rank has (its disk, its file) is printed by that rank.
+    """
     try:
         work()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(error.report(), file=sys.stderr)  # noqa: T201
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not error.shared:
+            print(error.report() if rank == "0" else f"[rank {rank}] {error.report()}", file=sys.stderr)  # noqa: T201
         sys.exit(USER_MISTAKE)

@@ -75,9 +75,9 @@ class Encoder:
         return Tokenizer.load(path)
 
     def _sample(self, found: Survey) -> Iterator[str]:
-        """Stream all texts, or of a large corpus those with the smallest hashes."""
+        """Stream all texts, or of a large corpus those with the largest hashes: the smallest are held out."""
         share = min(1.0, BPE_SAMPLE_BYTES / found.total_bytes)
-        sampled = found.hashes <= np.quantile(found.hashes, share)
+        sampled = found.hashes >= (1.0 - share) * 2.0**64
         with self.progress("training the tokenizer", int(found.total_bytes * share)) as advance:
             for document, is_sampled in zip(self.source.documents(), sampled, strict=True):
                 if is_sampled:

@@ -12,17 +12,28 @@ from pathlib import Path
 import filelock
 import numpy as np
 
+from moe_train.errors import DataError, Problem
+
 logger = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to the disk, and give it its name."""
+    """Write a file under a temporary name, flush it to the disk, and give it its name.
+
+    Raises:
+        DataError: the disk is full or refuses; nothing is left behind.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        remedy = "free space there, or name a folder that you may write"
+        raise DataError(Problem(str(path), None, f"cannot be written: {error.strerror}", remedy)) from error
 
 
 def npy(array: np.ndarray) -> bytes:

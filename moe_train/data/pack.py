@@ -11,7 +11,8 @@ from moe_train.data.encode import Encoder
 from moe_train.data.files import exclusive, write_atomically
 from moe_train.data.manifest import FORMAT_VERSION, MANIFEST_NAME, PreparedCorpus
 from moe_train.data.progress import ShowProgress
-from moe_train.data.sources import Source, open_source
+from moe_train.data.sources import Identity, Source, open_source
+from moe_train.data.sources.base import call_all
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import DataError, Problem
 
@@ -58,19 +59,24 @@ def prepare(
 
 def write_recipe(data: DataConfig, tokenizer: TokenizerConfig, source: Source) -> bytes:
     """Return all that the token files depend on, as JSON that a person can read."""
-    tokenizer_identity: dict[str, object] = {"kind": tokenizer.kind}
-    if tokenizer.kind == "bpe":
-        tokenizer_identity["vocab_size"] = tokenizer.vocab_size
-    if tokenizer.kind == "file":
-        tokenizer_identity["fingerprint"] = Tokenizer.from_config_file(tokenizer).fingerprint
+    source_identity, tokenizer_identity = call_all([source.identity, lambda: identify_tokenizer(tokenizer)])
     recipe = {
         "format_version": FORMAT_VERSION,
-        "source": {data.source: source.identity()},
+        "source": {data.source: source_identity},
         "heldout_fraction": data.heldout_fraction,
         "shard_bytes": data.shard_bytes,
         "tokenizer": tokenizer_identity,
     }
     return json.dumps(recipe, indent=2).encode()
+
+
+def identify_tokenizer(config: TokenizerConfig) -> Identity:
+    """Return what the tokenizer depends on besides the corpus."""
+    if config.kind == "bpe":
+        return {"kind": config.kind, "vocab_size": config.vocab_size}
+    if config.kind == "file":
+        return {"kind": config.kind, "fingerprint": Tokenizer.from_config_file(config).fingerprint}
+    return {"kind": config.kind}
 
 
 def is_complete(folder: Path, recipe: bytes) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 
@@ -55,6 +55,8 @@ class TokenStore:
         self._dtype = token_type(corpora[0].manifest.vocab_size)
         self._spans = list(spans(corpora, split))
         self._ends = np.cumsum([span.num_tokens for span in self._spans])
+        # Bound to the store, not to the module: a folder may be deleted and made again in the life of a process.
+        self._document_ends = lru_cache(maxsize=64)(partial(document_ends, split=split))
         self._check_sizes()
 
     def window(self, start: int, length: int) -> np.ndarray:
@@ -77,7 +79,7 @@ class TokenStore:
     def domain_at(self, position: int) -> str:
         """Return the domain label of the document that the token at ``position`` belongs to."""
         span = self._span_at(position)
-        ends, numbers = document_ends(span.files, self.split)
+        ends, numbers = self._document_ends(span.files)
         document = int(np.searchsorted(ends, position - span.start, side="right"))
         return span.domains[int(numbers[document])]
 
@@ -134,7 +136,6 @@ def spans(corpora: Sequence[PreparedCorpus], split: Split) -> Iterator[Span]:
                 start += tokens
 
 
-@lru_cache(maxsize=64)
 def document_ends(files: ShardFiles, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Return where the documents of a shard end, in tokens of the split, and their domain numbers, [documents]."""
     index = read_index(files)

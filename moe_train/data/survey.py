@@ -49,8 +49,9 @@ class Survey:
         limit = np.partition(self.hashes, count - 1)[count - 1]
         heldout: np.ndarray = self.hashes <= limit
         if heldout.all():
-            rule = f"holds out all of the {self.num_documents} document(s): the split is by document"
-            remedy = "give more documents (a .txt file is cut at blank lines), or set it to 0"
+            different = len(np.unique(self.hashes))
+            rule = f"leaves nothing to train on: the split is by document, and there is only {different} different"
+            remedy = "give more documents (a .txt file is cut at blank lines), or lower it (0: no evaluation)"
             raise DataError(Problem("data.heldout_fraction", fraction, rule, remedy))
         return heldout
 

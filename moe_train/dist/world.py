@@ -83,16 +83,18 @@ class World:
     @staticmethod
     def raise_together(failure: object) -> None:
         """Raise ``failure`` if there is one."""
+        if isinstance(failure, UserError):
+            raise type(failure)(failure.problems)  # made anew: what was pickled has its problems, not its message
+        if isinstance(failure, UserError):
+            failure.shared = True
         if isinstance(failure, BaseException):
             raise failure
 
 
 def portable(failure: BaseException | None) -> BaseException | None:
     """Return the failure in a form that other processes can rebuild: user errors whole, others as RuntimeError."""
-    if failure is None or type(failure) is UserError:
+    if failure is None or isinstance(failure, UserError):
         return failure
-    if isinstance(failure, UserError):
-        return type(failure)(failure.problems)
     return RuntimeError(f"{type(failure).__name__}: {failure}")
 
 

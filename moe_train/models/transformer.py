@@ -12,7 +12,7 @@ from moe_train.config.schema import FFNConfig, ModelConfig
 from moe_train.models.blocks import Block, Linear, RMSNorm, SwiGLU
 from moe_train.moe.balance import Balance, RoutingRecord
 from moe_train.moe.capacity import Capacity
-from moe_train.moe.exchange import Exchange, LocalExchange
+from moe_train.moe.exchange import Exchange
 from moe_train.moe.experts import Experts
 from moe_train.moe.layer import MoELayer
 from moe_train.moe.roles import Kind, Role
@@ -86,6 +86,35 @@ class Transformer(nn.Module):
         return ModelOutput(logits_BSV, tuple(records))
 
 
+@dataclass(frozen=True)
+class Precision:
+    """Number formats by the value of ``train.precision``.
+
+    Attributes:
+        weights: of weights, gradients and optimizer state (bf16 keeps fp32 masters).
+        activations: of what flows through the model.
+    """
+
+    weights: torch.dtype
+    activations: torch.dtype
+
+
+PRECISIONS = {
+    "bf16": Precision(torch.float32, torch.bfloat16),
+    "fp32": Precision(torch.float32, torch.float32),
+    "fp64": Precision(torch.float64, torch.float64),
+}
+
+
+def build_model(
+    config: ModelConfig, vocab_size: int, exchange: Exchange, precision: str, device: torch.device
+) -> Transformer:
+    """Return a model on a device, without values, holding the experts that the exchange keeps here."""
+    formats = PRECISIONS[precision]
+    with device:
+        return Transformer(config, vocab_size, exchange, formats.activations).to(formats.weights)
+
+
 def is_moe_layer(config: FFNConfig, layer: int) -> bool:
     """Whether layer number ``layer`` (from 0) is MoE: the last of each group of ``every``."""
     return config.num_experts > 0 and (layer + 1) % config.every == 0
@@ -115,8 +144,3 @@ def build_moe(config: ModelConfig, exchange: Exchange, out_std: float) -> MoELay
         balance=Balance(ffn.balance),
         shared=SwiGLU(config.dim, shared_dim, config.init_std, out_std) if shared_dim else None,
     )
-
-
-def build_local(config: ModelConfig, vocab_size: int, dtype: torch.dtype) -> Transformer:
-    """Build a model with all its experts in this process."""
-    return Transformer(config, vocab_size, LocalExchange(config.ffn.num_experts), dtype)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_train.dist.comm import all_to_all_rows, exchange_counts
+from moe_train.dist.mesh import Mesh
 from moe_train.moe.capacity import Plan
 from moe_train.ops.permute import RowMap, gather_rows, map_rows, sum_rows
 
@@ -155,6 +156,11 @@ class AllToAllExchange:
         assert journey is not None, "these tokens did not come by an exchange between ranks"
         parts_ND = all_to_all_rows(sums_RD, journey.sent, journey.received, self.group.group_name)
         return sum_rows(parts_ND, journey.row_map)
+
+
+def exchange_for(mesh: Mesh, num_experts: int) -> Exchange:
+    """Return the exchange of a layout for layers of ``num_experts`` experts (0 for a dense model)."""
+    return LocalExchange(num_experts) if mesh.layout.ep == 1 else AllToAllExchange(mesh.ep, num_experts)
 
 
 def visits(home_TK: Tensor, num_ranks: int) -> Tensor:

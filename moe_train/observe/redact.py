@@ -15,7 +15,7 @@ _SECRET = r"(?:[a-z0-9]+[_-])*(?:api[_-]?key|secret|secret[_-]key|password|passw
 _NAME = re.compile(rf"{_SECRET}|token", re.IGNORECASE)
 _ASSIGNMENT = re.compile(rf"(?<![a-z0-9_-])((?:--)?{_SECRET}(?:=|: *)|--token=)\S+", re.IGNORECASE)
 # Of environment variables only the values are looked for, so that a wide net does no harm.
-_VARIABLE = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
+_VARIABLE = re.compile(r"TOKEN(?!IZ)|SECRET|PASSW|API_?KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
 _USERINFO = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 # The published shapes of access tokens: Hugging Face, GitHub, OpenAI, Weights & Biases, AWS.
 _SHAPES = re.compile(

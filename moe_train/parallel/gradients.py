@@ -34,8 +34,9 @@ class GradientBuffers:
         self.names = [*(n for n in parameters if roles[n].kind is not Kind.EXPERT)]
         self.names += [n for n in parameters if roles[n].kind is Kind.EXPERT]
         self.parameters = dense + experts
-        self.dense = flat_buffer(dense)
-        self.experts = flat_buffer(experts)
+        device = next(model.parameters()).device
+        self.dense = flat_buffer(dense, device)
+        self.experts = flat_buffer(experts, device)
 
     def zero(self) -> None:
         """Start a step."""
@@ -56,10 +57,8 @@ class GradientBuffers:
         Each expert counts once: squares are added over the EP group, never over the replicas.
         """
         squared_dense, squared_experts = (
-            torch.linalg.vector_norm(buffer, dtype=torch.float64).square() if buffer.numel() else buffer.new_zeros(())
-            for buffer in (self.dense, self.experts)
+            torch.linalg.vector_norm(buffer, dtype=torch.float64).square() for buffer in (self.dense, self.experts)
         )
-        squared_experts = squared_experts.to(torch.float64)
         dist.all_reduce(squared_experts, group=self.mesh.ep)
         return (squared_dense + squared_experts).sqrt()
 
@@ -76,13 +75,12 @@ class GradientBuffers:
         return ""
 
 
-def flat_buffer(parameters: list[nn.Parameter]) -> Tensor:
+def flat_buffer(parameters: list[nn.Parameter], device: torch.device) -> Tensor:
     """Return one buffer of zeros [number of values] and make it hold the parameters' gradients."""
     dtypes = {p.dtype for p in parameters}
     assert len(dtypes) <= 1, f"parameters of several dtypes {dtypes} cannot share a buffer"
-    if not parameters:
-        return torch.zeros(0)
-    buffer = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
+    dtype = dtypes.pop() if dtypes else torch.float32
+    buffer = torch.zeros(sum(p.numel() for p in parameters), dtype=dtype, device=device)
     start = 0
     for parameter in parameters:
         parameter.grad = buffer[start : start + parameter.numel()].view_as(parameter)

@@ -52,5 +52,5 @@ def evaluate(
         "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": loss / math.log(2) * store.num_tokens / store.num_bytes,
         "unigram_bits_per_byte": store.unigram_entropy_bits_per_byte(),
-        "eval_tokens": tokens,
+        "eval_tokens": int(tokens),
     }

@@ -7,30 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from pydantic import BaseModel
 
 from moe_train.checkpoint.compatibility import check_compatible
 from moe_train.checkpoint.manager import CheckpointManager
 from moe_train.checkpoint.reader import CHECKPOINTS, Checkpoint
-from moe_train.config.schema import ModelConfig, TrainConfig
+from moe_train.config.schema import TrainConfig
 from moe_train.data.corpus import Corpus, open_corpus
 from moe_train.data.loader import TrainLoader
 from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World
 from moe_train.models.initialise import initialise
-from moe_train.models.transformer import Transformer
-from moe_train.moe.exchange import AllToAllExchange, Exchange, LocalExchange
+from moe_train.models.transformer import build_model
+from moe_train.moe.exchange import exchange_for
 from moe_train.observe.environment import environment
 from moe_train.parallel.engine import Engine, TorchEngine
 from moe_train.training.optim import build_optimizer
 from moe_train.training.random import restore_random_state
-
-ACTIVATIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-"""Dtype of activations by train.precision."""
-WEIGHTS = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
-"""Dtype of weights, gradients and optimizer state by train.precision."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,8 @@ def build_run(config: TrainConfig, world: World) -> Run:
     """
     mesh = build_mesh(world, config.parallel.ep)
     corpus = open_corpus(config.data, config.tokenizer, world.leader_first)
-    model = build_model(config.model, corpus.tokenizer.vocab_size, mesh, world, config.train.precision)
+    exchange = exchange_for(mesh, config.model.ffn.num_experts)
+    model = build_model(config.model, corpus.tokenizer.vocab_size, exchange, config.train.precision, world.device)
     initialise(model, config.run.seed)
     engine = TorchEngine(model, build_optimizer(model, config.optim), mesh)
     loader = TrainLoader(
@@ -100,17 +95,6 @@ def build_run(config: TrainConfig, world: World) -> Run:
 def micro_batch(config: TrainConfig, world: World) -> int:
     """Return sequences per rank and forward pass."""
     return config.train.micro_batch or config.train.global_batch // world.size
-
-
-def build_model(config: ModelConfig, vocab_size: int, mesh: Mesh, world: World, precision: str) -> Transformer:
-    """Return a model on this rank's device, without values, holding its share of the experts."""
-    num_experts = config.ffn.num_experts
-    exchange: Exchange = LocalExchange(num_experts)
-    if mesh.layout.ep > 1:
-        exchange = AllToAllExchange(mesh.ep, num_experts)
-    with torch.device(world.device):
-        model = Transformer(config, vocab_size, exchange, ACTIVATIONS[precision])
-    return model.to(WEIGHTS[precision])
 
 
 def restore(checkpoint: Checkpoint, current: dict[str, Any], engine: Engine, loader: TrainLoader, world: World) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+from moe_train.errors import DataError, Problem
+
+Result = TypeVar("Result")
 
 Identity = dict[str, object]
 """JSON-able description of everything a source's documents depend on."""
@@ -37,3 +41,21 @@ class Source(Protocol):
     def identity(self) -> Identity:
         """Return what the documents depend on, found without reading them where that is possible."""
         ...
+
+
+def call_all(calls: Iterable[Callable[[], Result]]) -> list[Result]:
+    """Return the results of all calls.
+
+    Raises:
+        DataError: with the problems of every call that fails, so that a user mends them in one go.
+    """
+    results: list[Result] = []
+    problems: list[Problem] = []
+    for call in calls:
+        try:
+            results.append(call())
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return results

@@ -14,6 +14,8 @@ from moe_train.errors import DataError, Problem
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 """Which reader of ``datasets`` opens which file."""
 
+ROWS_PER_READ = 1000
+
 
 class HuggingFace:
     """A row is a document. Rows are memory-mapped, never held together; no code of a data set is run."""
@@ -31,8 +33,8 @@ class HuggingFace:
             DataError: no such data set, split or column; a value that is not text.
         """
         field = self.config.text_field
-        for number, row in enumerate(self._rows().select_columns([field])):
-            text = row[field]
+        batches = self._rows().select_columns([field]).iter(ROWS_PER_READ)
+        for number, text in enumerate(text for batch in batches for text in batch[field]):
             if text is not None and not isinstance(text, str):
                 rule = f"row {number}: the column {field} holds {type(text).__name__}, not text"
                 raise DataError(Problem("data.text_field", field, rule, "name a column of text"))
@@ -70,7 +72,7 @@ def open_rows(config: SourceConfig) -> Any:
             return datasets.load_dataset(builder, data_files=[str(file) for file in files], split=config.split)
         path = str(Path(config.path).expanduser()) if files else config.path
         return datasets.load_dataset(path, config.name, split=config.split)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
         key, value = ("data.split", config.split) if "split" in reason.lower() else ("data.path", config.path)
         remedy = "check data.path, data.name and data.split, and the network for a data set of the hub"

@@ -8,7 +8,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from moe_train.data.sources.base import Document, Identity, Source
+from moe_train.data.sources.base import Document, Identity, Source, call_all
 from moe_train.errors import DataError, Problem
 
 
@@ -45,8 +45,14 @@ class Mix:
                     yield document
 
     def identity(self) -> Identity:
-        """Return the identity and weight of each part, in their order."""
-        return {label: [part.weight, part.source.identity()] for label, part in self.parts.items()}
+        """Return the weight and identity of each part, in their order.
+
+        Raises:
+            DataError: with the problems of all parts.
+        """
+        identities = call_all(part.source.identity for part in self.parts.values())
+        parts = zip(self.parts.items(), identities, strict=True)
+        return {label: {"weight": part.weight, "source": identity} for (label, part), identity in parts}
 
     def _measured_limits(self) -> dict[str, int]:
         if self._limits is None:

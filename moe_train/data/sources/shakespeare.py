@@ -48,8 +48,8 @@ def clean(markdown: str) -> str:
     text = re.sub(r"\\(.)", r"\1", markdown)  # escapes: \[Within]
     text = re.sub(r"\*\*([^*\n]+)\*\*", r"\1:", text)
     text = re.sub(r"^#+ +", "", text, flags=re.MULTILINE)
-    # Stage directions: _Exit_, *Exit*, _[Aside]_, __[Awaking]_, over several lines but never across a blank one.
-    text = re.sub(r"[_*]+\[?((?:[^_*\[\]\n]|\n(?!\n))*)\]?[_*]+", r"[\1]", text)
+    # Stage directions: _Exit_, *Exit*, _[Aside]_, _[_[Awaking]_]_, over several lines but never across a blank one.
+    text = re.sub(r"[_*][_*\[]*((?:[^_*\[\]\n]|\n(?!\n))+)[_*\]]*[_*]", r"[\1]", text)
     text = re.sub(r"[_*]", "", text)
     text = re.sub(r" +\n", "\n", text)
     return re.sub(r"\n{3,}", "\n\n", text)

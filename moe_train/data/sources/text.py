@@ -18,7 +18,7 @@ LARGEST_CUT_BYTES = 16 * 1024
 CUTS_PER_FILE = 32
 """A smaller file is cut more finely, so that a single one can be split into training and held-out documents."""
 CUT_ANYWHERE_FACTOR = 8
-"""Text without blank lines is cut at any line, or within a line, once it is this many times too long."""
+"""Text without blank lines is cut at any line, a very long line anywhere, once it is this many times as long."""
 
 
 class TextFiles:
@@ -43,6 +43,9 @@ class TextFiles:
                     yield Document(text, self.domain)
             except DataError as error:
                 problems += error.problems
+            except OSError as error:
+                remedy = "make it readable or remove it"
+                problems.append(Problem(str(file), None, f"cannot be read: {error.strerror}", remedy))
         if problems:
             raise DataError(problems)
 
@@ -62,27 +65,27 @@ def cut_txt(file: Path) -> Iterator[str]:
     """
     cut_bytes = min(LARGEST_CUT_BYTES, file.stat().st_size // CUTS_PER_FILE)
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    piece, piece_bytes = "", 0
-    offset = 0
+    lines: list[bytes] = []
+    start, piece_bytes = 0, 0
     with file.open("rb") as stream:
         while line := stream.readline(LARGEST_CUT_BYTES):
-            piece += decode(decoder, line, file, offset)
+            lines.append(line)
             piece_bytes += len(line)
-            offset += len(line)
-            is_long = piece_bytes >= cut_bytes and not line.strip()
-            if is_long or piece_bytes >= CUT_ANYWHERE_FACTOR * LARGEST_CUT_BYTES:
-                yield piece
-                piece, piece_bytes = "", 0
-    piece += decode(decoder, b"", file, offset, final=True)
-    if piece:
-        yield piece
+            wanted_bytes = CUT_ANYWHERE_FACTOR * cut_bytes if line.strip() else cut_bytes
+            if piece_bytes >= wanted_bytes:
+                if text := decode(decoder, b"".join(lines), file, start):
+                    yield text
+                start += piece_bytes
+                lines, piece_bytes = [], 0
+    if text := decode(decoder, b"".join(lines), file, start, final=True):
+        yield text
 
 
-def decode(decoder: codecs.IncrementalDecoder, line: bytes, file: Path, offset: int, final: bool = False) -> str:
-    """Decode ``line``, which starts at byte ``offset`` of ``file``; a character cut in two waits in the decoder."""
+def decode(decoder: codecs.IncrementalDecoder, piece: bytes, file: Path, offset: int, final: bool = False) -> str:
+    """Decode ``piece``, which starts at byte ``offset`` of ``file``; a character cut in two waits in the decoder."""
     waiting = len(decoder.getstate()[0])
     try:
-        return decoder.decode(line, final)
+        return decoder.decode(piece, final)
     except UnicodeDecodeError as error:
         place = offset - waiting + error.start
         remedy = "convert the file to UTF-8 or remove it"

@@ -64,11 +64,11 @@ def new_figure(height_inches: float) -> Figure:
 
 
 def draw_line(axes: Axes, line: Series, **style: Any) -> None:
-    """Draw the finite points of ``line`` over its steps, thinned to what can be seen; one point becomes a dot."""
+    """Draw the finite points of ``line`` over its steps, thinned to what can be seen; a single one as a dot."""
     known = np.isfinite(line.values)
-    steps, values = thinned(line.steps[known]), thinned(line.values[known])
-    marker = "o" if len(steps) == 1 else style.pop("marker", None)
-    axes.plot(steps, values, marker=marker, **style)
+    if known.sum() == 1:
+        style["marker"] = "o"
+    axes.plot(thinned(line.steps[known]), thinned(line.values[known]), **style)
 
 
 def draw_per_layer(axes: Axes, lines: dict[str, Series]) -> None:

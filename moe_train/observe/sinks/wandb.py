@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from moe_train.observe.sinks.base import RunContext, Status
 LOGGER = logging.getLogger(__name__)
 
 INIT_TIMEOUT_S = 20
-FINISH_TIMEOUT_S = 30
+FINISH_TIMEOUT_S = 25  # and a few seconds for its service to stop: the process ends within 30
 STEP = "train/step"
 
 TRAIN_KEYS = {
@@ -64,8 +65,11 @@ class WandbSink:
             ImportError: wandb is not installed.
             Exception: whatever wandb raises when it cannot even record offline.
         """
+        # Its own telemetry has timeouts of its own, which would hold up the exit when the server hangs.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
+        logging.getLogger("wandb").propagate = False  # it has its own debug.log
         wandb.setup(_settings(wandb))  # init() alone would still announce the login on the console
         options = _init_options(context, wandb)
         if self._mode == "online":
@@ -91,13 +95,21 @@ class WandbSink:
             self._run.log({STEP: record["step"], **values})
 
     def close(self, status: Status) -> None:
-        """End the run within FINISH_TIMEOUT_S seconds and say how an offline one is uploaded."""
+        """End the run within FINISH_TIMEOUT_S seconds and say how what is not uploaded yet gets there.
+
+        Raises:
+            RuntimeError: the upload was not done in time; the record on disk is whole.
+        """
         run, self._run = self._run, None
         if run is None:
             return
-        run.finish(exit_code=0 if status == "finished" else 1)
+        remedy = f"upload with: wandb sync {run.settings.sync_dir}"
+        try:
+            run.finish(exit_code=0 if status == "finished" else 1)
+        except Exception as error:
+            raise RuntimeError(f"{_first_line(error)}; {remedy}") from error
         if run.settings.mode == "offline":
-            LOGGER.info("wandb recorded offline; upload with: wandb sync %s", run.settings.sync_dir)
+            LOGGER.info("wandb recorded offline; %s", remedy)
 
 
 def resolve_mode(mode: Literal["auto", "online", "offline", "disabled"], has_key: bool) -> Mode | None:
@@ -187,6 +199,7 @@ def _settings(wandb: Any) -> Any:
         init_timeout=INIT_TIMEOUT_S,
         login_timeout=INIT_TIMEOUT_S,
         finish_timeout=FINISH_TIMEOUT_S,
+        finish_timeout_raises=True,
         silent=True,
         console="off",
         disable_git=True,

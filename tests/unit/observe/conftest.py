@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-RunMaker = Callable[..., Path]
-
 
 def train_record(step: int, layers: int = 4, experts: int = 8, drop: float = 0.0, seed: int = 0) -> dict[str, Any]:
     """A train record with a falling loss; the experts of deeper layers start out more uneven and even out."""
@@ -46,35 +44,39 @@ def train_record(step: int, layers: int = 4, experts: int = 8, drop: float = 0.0
     return record
 
 
+def write_run(run_dir: Path, steps: int = 400, every: int = 10, **shape: Any) -> Path:
+    """Write a run folder; ``shape`` goes to train_record."""
+    records: list[dict[str, Any]] = [
+        {"kind": "event", "step": 0, "event": "started", "parameters": 11_400_000, "active_parameters": 4_100_000}
+    ]
+    for step in range(every, steps + 1, every):
+        records.append(train_record(step, **shape))
+        if step % (10 * every) == 0:
+            loss = 3.1 + 5.2 * math.exp(-step / 80)
+            heldout = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / 1.6}
+            records.append({"kind": "eval", "step": step, **heldout, "unigram_bits_per_byte": 4.1})
+            records.append({"kind": "event", "step": step, "event": "saved", "message": f"step_{step:08d}"})
+    environment = {
+        "started_utc": "2030-01-01T00:00:00+00:00",
+        "command": ["python", "-u", "-m", "moe_train.train", "run.name=made_up"],
+        "git": {"commit": "0123456789abcdef", "dirty": True},
+        "variables": {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+    }
+    (run_dir / "samples").mkdir(parents=True)
+    (run_dir / "samples" / "step_00000400.txt").write_text("ROMEO:\nWhat light <through> yonder & window breaks?")
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run_dir / "config.yaml").write_text(f"run:\n  name: made_up\ntrain:\n  steps: {steps}\n")
+    (run_dir / "environment.json").write_text(json.dumps(environment))
+    return run_dir
+
+
 @pytest.fixture
-def make_run(tmp_path: Path) -> RunMaker:
+def make_run(tmp_path: Path) -> Callable[..., Path]:
     """Return a function that writes a run folder and returns its path."""
+    return lambda **options: write_run(tmp_path / "run", **options)
 
-    def make(steps: int = 400, every: int = 10, **shape: Any) -> Path:
-        run_dir = tmp_path / "run"
-        run_dir.mkdir()
-        records: list[dict[str, Any]] = [
-            {"kind": "event", "step": 0, "event": "started", "parameters": 11_400_000, "active_parameters": 4_100_000}
-        ]
-        for step in range(every, steps + 1, every):
-            records.append(train_record(step, **shape))
-            if step % (10 * every) == 0:
-                loss = 3.1 + 5.2 * math.exp(-step / 80)
-                heldout = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / 1.6}
-                records.append({"kind": "eval", "step": step, **heldout, "unigram_bits_per_byte": 4.1})
-                records.append({"kind": "event", "step": step, "event": "saved", "message": f"step_{step:08d}"})
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        (run_dir / "metrics.jsonl").write_text(lines)
-        (run_dir / "config.yaml").write_text(f"run:\n  name: made_up\ntrain:\n  steps: {steps}\n")
-        environment = {
-            "started_utc": "2030-01-01T00:00:00+00:00",
-            "command": ["python", "-u", "-m", "moe_train.train", "run.name=made_up"],
-            "git": {"commit": "0123456789abcdef", "dirty": True},
-            "variables": {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
-        }
-        (run_dir / "environment.json").write_text(json.dumps(environment))
-        (run_dir / "samples").mkdir()
-        (run_dir / "samples" / "step_00000400.txt").write_text("ROMEO:\nWhat light <through> yonder & window breaks?")
-        return run_dir
 
-    return make
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything in it, to be read only."""
+    return write_run(tmp_path_factory.mktemp("whole") / "run", drop=0.05)

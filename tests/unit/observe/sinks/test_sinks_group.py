@@ -6,13 +6,14 @@ import pytest
 from moe_train.config.schema import TrainConfig
 from moe_train.observe.sinks import RunContext, SinkGroup, open_sinks
 
+DISK_FULL = OSError(errno.ENOSPC, "No space left on device")
 RECORD = {"kind": "train", "step": 1, "loss": 2.0}
 
 
 class Recorder:
     """A sink that notes what it was told and fails where it is asked to."""
 
-    def __init__(self, name, fails_in=None, error=OSError(errno.ENOSPC, "No space left on device")):
+    def __init__(self, name, fails_in=None, error=DISK_FULL):
         self.name, self.fails_in, self.error, self.calls = name, fails_in, error, []
 
     def _note(self, call):

@@ -130,7 +130,7 @@ def test_a_run_from_start_to_end(fake, tmp_path):
     (run,) = wandb.runs
     assert run.options["resume"] == "allow" and run.options["name"] == "demo"
     settings = run.options["settings"]
-    assert settings["init_timeout"] == 20 and settings["finish_timeout"] == 30
+    assert settings["init_timeout"] == 20 and settings["finish_timeout"] == 25
     assert settings["silent"] is True and settings["console"] == "off"
     assert (("*",), {"step_metric": "train/step"}) in run.metrics
     assert [values["train/step"] for values in run.logged] == [20]
@@ -192,6 +192,19 @@ def test_a_service_that_dies_costs_one_warning(fake, tmp_path, caplog):
     assert len(caplog.records) == 1 and "service gone" in caplog.text
 
 
+def test_an_upload_that_is_not_done_in_time_names_the_command(fake, tmp_path, caplog):
+    wandb, group = fake(), SinkGroup([WandbSink("online")])
+    group.start(context(tmp_path))
+
+    def finish(exit_code):
+        raise TimeoutError("finish timed out after 25 seconds")
+
+    wandb.runs[0].finish = finish
+    group.close("finished")
+    assert len(caplog.records) == 1
+    assert "timed out" in caplog.text and "wandb sync run/wandb/offline-1" in caplog.text
+
+
 @pytest.fixture
 def real_wandb(monkeypatch):
     """The real package in a state of its own, with secrets all around it."""
@@ -204,7 +217,8 @@ def real_wandb(monkeypatch):
     wandb.teardown()
 
 
-def recorded(run_dir):
+def recorded(wandb, run_dir):
+    wandb.teardown()  # its service writes the last block when it stops
     return b"".join(path.read_bytes() for path in run_dir.glob("wandb/offline-run-*/*.wandb"))
 
 
@@ -215,8 +229,9 @@ def test_two_real_offline_lives_share_an_id_and_hold_no_secret(real_wandb, tmp_p
         sink.write({**TRAIN, "step": start_step + 10})
         sink.close("finished")
     run_id = (tmp_path / "wandb" / "run_id.txt").read_text().strip()
-    assert len(list(tmp_path.glob(f"wandb/offline-run-*-{run_id}"))) == 2
-    assert b"train/loss" in recorded(tmp_path) and b"moe/L07/load_max" in recorded(tmp_path)
+    assert len(list(tmp_path.glob(f"wandb/offline-run-*-{run_id}*"))) == 2
+    data = recorded(real_wandb, tmp_path)
+    assert b"train/loss" in data and b"moe/L07/load_max" in data
     everything = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert SECRET.encode() not in everything
     assert "".join(capfd.readouterr()) == ""
@@ -233,6 +248,6 @@ def test_a_real_unreachable_server_ends_offline_in_time(real_wandb, tmp_path, mo
     sink.write(TRAIN)
     sink.close("finished")
     assert time.monotonic() - began < 15
-    assert b"train/loss" in recorded(tmp_path)
+    assert b"train/loss" in recorded(real_wandb, tmp_path)
     assert "recording offline" in caplog.text and "a" * 40 not in caplog.text
     assert "".join(capfd.readouterr()) == ""

@@ -1,0 +1,75 @@
+"""A trained model from its run folder, in any layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from moe_train.checkpoint.reader import Checkpoint, open_at
+from moe_train.config.rules import layout_problems
+from moe_train.config.schema import TrainConfig
+from moe_train.config.validate import validate
+from moe_train.data.tokenizer import Tokenizer
+from moe_train.dist.mesh import Mesh, build_mesh
+from moe_train.dist.world import World
+from moe_train.errors import ConfigError, DataError, Problem
+from moe_train.models.transformer import Transformer, build_model
+from moe_train.moe.exchange import exchange_for
+from moe_train.moe.roles import Kind, roles_of
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model read from a run.
+
+    Attributes:
+        config: of the training.
+        tokenizer: of the training.
+        model: with the checkpoint's weights, in evaluation mode.
+        mesh: the layout that it is held in.
+        checkpoint: where the weights come from.
+    """
+
+    config: TrainConfig
+    tokenizer: Tokenizer
+    model: Transformer
+    mesh: Mesh
+    checkpoint: Checkpoint
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """Return the configuration of a run.
+
+    Raises:
+        DataError: the folder holds no run.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise DataError(Problem("run.dir", run_dir, "holds no config.yaml", "name the folder of a run: runs/NAME"))
+    return validate(yaml.safe_load(path.read_text()), TrainConfig, lambda config: [])
+
+
+def load_trained(run_dir: Path, checkpoint: str, ep: int, world: World) -> Trained:
+    """Read a model. Collective.
+
+    Args:
+        run_dir: folder of the run.
+        checkpoint: ``latest``, or the path of a checkpoint.
+        ep: ranks over which its experts are sharded; need not be that of the training.
+        world: the processes.
+    """
+    world.leader_first(lambda: read_config(run_dir))
+    config = read_config(run_dir)
+    problems = list(layout_problems(ep, config.model.ffn.num_experts, world.size))
+    world.agree(ConfigError(problems) if problems else None)
+    mesh = build_mesh(world, ep)
+    tokenizer = Tokenizer.load(run_dir / "tokenizer.json", config.tokenizer.boundary_token)
+    source = open_at(run_dir if checkpoint == "latest" else Path(checkpoint).expanduser(), world, mesh)
+    exchange = exchange_for(mesh, config.model.ffn.num_experts)
+    model = build_model(config.model, tokenizer.vocab_size, exchange, config.train.precision, world.device)
+    roles = roles_of(model)
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    source.fill(tensors, {f"model.{name}" for name, role in roles.items() if role.kind is Kind.EXPERT})
+    return Trained(config, tokenizer, model.eval(), mesh, source)

@@ -1,0 +1,101 @@
+"""Initial values: they depend on the seed, the name and the expert's global index, and on nothing else."""
+
+import dataclasses
+
+import pytest
+import torch
+from model_samples import VOCAB, build, config_of
+from torch import Tensor
+
+from moe_train.models.initialise import initialise
+from moe_train.models.transformer import Transformer
+from moe_train.moe.exchange import LocalExchange
+from moe_train.moe.roles import Kind, roles_of
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfExchange(LocalExchange):
+    """As a rank of an EP group of two would hold the experts."""
+
+    place: int = 0
+
+    @property
+    def experts(self) -> range:
+        held = self.num_experts // 2
+        return range(self.place * held, (self.place + 1) * held)
+
+
+def values(model: Transformer) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def half(place: int) -> Transformer:
+    config = config_of()
+    model = Transformer(config, VOCAB, HalfExchange(config.ffn.num_experts, place), torch.float64).double()
+    initialise(model, 0)
+    return model
+
+
+def test_each_global_expert_starts_the_same_at_every_ep_size() -> None:
+    whole, halves = build(config_of()), [half(0), half(1)]
+    roles = roles_of(whole)
+    for name, expected in values(whole).items():
+        parts = [values(part)[name] for part in halves]
+        if roles[name].kind is Kind.EXPERT:
+            assert torch.equal(torch.cat(parts), expected), name
+        else:
+            assert all(torch.equal(part, expected) for part in parts), name
+
+
+def test_no_two_tensors_start_alike() -> None:
+    """Experts that start alike stay alike: they would be one expert."""
+    drawn = []
+    model = build(config_of())
+    for name, role in roles_of(model).items():
+        if role.std is not None:
+            value = values(model)[name]
+            drawn += list(value) if role.kind is Kind.EXPERT else [value]
+    firsts = [tensor.flatten()[:8].tolist() for tensor in drawn]
+    assert len(firsts) > 2 * 2 * 4, "two expert tensors per layer, four experts"
+    assert all(a != b for i, a in enumerate(firsts) for b in firsts[:i])
+
+
+def test_fp32_and_fp64_draw_the_same_numbers() -> None:
+    single, double = values(build(config_of(), "fp32")), values(build(config_of(), "fp64"))
+    for name, value in single.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value.double(), double[name]), name
+
+
+def test_the_seed_decides() -> None:
+    first, again, other = (values(build(config_of(), seed=seed)) for seed in (0, 0, 1))
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+        if value.dim() > 1:
+            assert not torch.equal(value, other[name]), name
+
+
+def test_the_surroundings_do_not() -> None:
+    """Neither torch's global generator nor the other layers: more of them leave these as they are."""
+    torch.manual_seed(1)
+    few = values(build(config_of("model.init_std=0.02")))
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    many = values(build(config_of("model.init_std=0.02", "model.layers=5")))
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, value in few.items():
+        if "down" not in name and "attention.out" not in name:  # their deviation follows the number of layers
+            assert torch.equal(value, many[name]), name
+
+
+@pytest.mark.parametrize("layers", [1, 8])
+def test_standard_deviations(layers: int) -> None:
+    model = build(config_of("model.dim=64", "model.init_std=0.02", f"model.layers={layers}", "model.ffn.expert_dim=64"))
+    for name, value in values(model).items():
+        if "norm" in name:
+            assert torch.equal(value, torch.ones_like(value)), name
+            continue
+        writes_residual = "down" in name or "attention.out" in name
+        expected = 0.02 / (2 * layers) ** 0.5 if writes_residual else 0.02
+        spread = 4 / value.numel() ** 0.5  # of an estimated deviation: more than five of its own deviations
+        assert value.std().item() == pytest.approx(expected, rel=spread), name

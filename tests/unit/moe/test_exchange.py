@@ -1,0 +1,144 @@
+"""The exchange between ranks: equal to having all experts here, in values, gradients and cost."""
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+from moe_samples import DIM, IdentityExperts, make_layer, tokens
+from spawn import run_ranks
+from torch import Tensor, nn
+
+from moe_train.config.schema import DroplessConfig, FactorCapacityConfig
+from moe_train.dist.comm import METER, all_to_all_rows
+from moe_train.dist.mesh import Mesh, build_mesh
+from moe_train.dist.world import World, joined
+from moe_train.moe.exchange import AllToAllExchange, LocalExchange, exchange_for
+from moe_train.moe.layer import MoELayer
+
+BATCH, LENGTH, EXPERTS, TOP_K = 2, 5, 8, 2
+NUM_TOKENS = BATCH * LENGTH
+EXCHANGES_PER_FORWARD = 4
+"""Rows, expert ids and weights go out, sums come home. (The table of counts goes ahead of them, unmetered.)"""
+EXCHANGES_PER_BACKWARD = 3
+"""The same way back, without the ids, which are integers."""
+FP64, INT32 = 8, 4
+"""Bytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One layer and its tokens."""
+
+    name: str
+    top_k: int = TOP_K
+    factor: float | None = None
+    zero_router: bool = False
+    silent_ranks: tuple[int, ...] = ()
+
+
+CASES = [
+    Case("top-2"),
+    Case("top-1", top_k=1),
+    Case("every expert", top_k=EXPERTS),
+    Case("all tokens to the first rank", zero_router=True),
+    Case("a rank with nothing to send", silent_ranks=(1,)),
+    Case("a rank with nothing to send or receive", zero_router=True, silent_ranks=(1,)),
+    Case("nothing at all", silent_ranks=(0, 1, 2, 3)),
+    Case("with drops", factor=0.6),
+]
+
+
+def layer_of(case: Case, mesh: Mesh, sharded: bool) -> MoELayer:
+    exchange = AllToAllExchange(mesh.ep, EXPERTS) if sharded else LocalExchange(EXPERTS)
+    capacity = DroplessConfig() if case.factor is None else FactorCapacityConfig(factor=case.factor)
+    layer = make_layer(EXPERTS, case.top_k, capacity, exchange=exchange)
+    if case.zero_router:  # equal logits: everybody chooses the experts with the lowest indices
+        nn.init.zeros_(layer.router.weight)
+    return layer
+
+
+def results_of(layer: MoELayer, case: Case, rank: int) -> dict[str, Tensor]:
+    """Output and gradients of one rank's tokens; experts hold what came from the whole group."""
+    x_BSD = tokens(BATCH, LENGTH, seed=rank)
+    valid_BS = torch.full((BATCH, LENGTH), rank not in case.silent_ranks)
+    y_BSD = layer(x_BSD, valid_BS).y_BSD
+    (y_BSD * tokens(BATCH, LENGTH, seed=100 + rank).detach()).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return {"output": y_BSD.detach(), "input gradient": x_BSD.grad, **gradients}
+
+
+def check_equal_to_local(mesh: Mesh) -> None:
+    for case in CASES:
+        sharded = results_of(layer_of(case, mesh, sharded=True), case, mesh.rank)
+        local = results_of(layer_of(case, mesh, sharded=False), case, mesh.rank)
+        held = mesh.layout.experts(mesh.rank, EXPERTS)
+        for name, expected in local.items():
+            if name.startswith("experts."):
+                dist.all_reduce(expected)
+                expected = expected[held.start : held.stop]
+            error = (sharded[name] - expected).abs().max().item()
+            assert error < 1e-12, f"{case.name}, rank {mesh.rank}: {name} differs by {error:.1e}"
+        if case.zero_router and 0 not in case.silent_ranks and mesh.rank > 0:
+            assert not sharded["experts.down_LFD"].any(), "zeros, not None, where no token came"
+
+
+def check_identity(mesh: Mesh) -> None:
+    for top_k in (1, 3, EXPERTS):
+        layer = layer_of(Case("identity", top_k), mesh, sharded=True)
+        layer.experts = IdentityExperts(EXPERTS // mesh.ep.size())
+        x_BSD = tokens(BATCH, LENGTH, seed=mesh.rank)
+        assert torch.allclose(layer(x_BSD).y_BSD, x_BSD, rtol=0, atol=1e-13), f"top-{top_k}"
+
+
+def check_cost(mesh: Mesh) -> None:
+    """Experts 0 and 1 both live on rank 0: each token goes there once, not once per expert."""
+    layer = layer_of(Case("all tokens to the first rank", zero_router=True), mesh, sharded=True)
+    METER.take_ms()
+    y_BSD = layer(tokens(BATCH, LENGTH)).y_BSD
+    assert METER.calls == EXCHANGES_PER_FORWARD
+    out_bytes = NUM_TOKENS * (DIM * FP64 + TOP_K * INT32 + TOP_K * FP64)
+    arrived = NUM_TOKENS * mesh.ep.size() if mesh.ep_rank == 0 else 0
+    assert METER.sent_bytes == out_bytes + arrived * DIM * FP64
+    y_BSD.sum().backward()
+    assert METER.calls == EXCHANGES_PER_FORWARD + EXCHANGES_PER_BACKWARD
+    METER.take_ms()
+    assert (METER.calls, METER.sent_bytes, METER.seconds) == (0, 0, 0.0)
+
+
+def check_adjoint(mesh: Mesh) -> None:
+    """<A x, y> = <x, Aᵀ y>, summed over the ranks, for uneven exchanges with zeros among them."""
+    size, rank = mesh.ep.size(), mesh.ep_rank
+    generator = torch.Generator().manual_seed(5)
+    table_PP = torch.randint(0, 4, (size, size), generator=generator) * (torch.rand(size, size) > 0.3)
+    dist.broadcast(table_PP, src=0)
+    sent, received = table_PP[rank].tolist(), table_PP[:, rank].tolist()
+    torch.manual_seed(rank)
+    x_ND = torch.randn(sum(sent), 3, dtype=torch.float64, requires_grad=True)
+    there_RD = all_to_all_rows(x_ND, received, sent, mesh.ep.group_name)
+    y_RD = torch.randn_like(there_RD)
+    (back_ND,) = torch.autograd.grad(there_RD, x_ND, y_RD)
+    products = torch.stack([(there_RD * y_RD).sum(), (x_ND * back_ND).sum()]).detach()
+    dist.all_reduce(products)
+    assert abs(products[0] - products[1]) < 1e-12
+    home_ND = all_to_all_rows(there_RD, sent, received, mesh.ep.group_name)
+    assert torch.equal(home_ND, x_ND), "there and back is the identity, bit for bit"
+
+
+def check_group(world: World) -> None:
+    mesh = build_mesh(world, world.size)
+    for check in (check_equal_to_local, check_identity, check_cost, check_adjoint):
+        check(mesh)
+
+
+def test_two_ranks() -> None:
+    run_ranks(check_group, 2)
+
+
+def test_four_ranks() -> None:
+    run_ranks(check_group, 4)
+
+
+def test_a_group_of_one_rank() -> None:
+    with joined(dist.HashStore(), world := World(0, 1, torch.device("cpu"), 30.0)):
+        check_group(world)
+        assert exchange_for(build_mesh(world, 1), EXPERTS) == LocalExchange(EXPERTS)

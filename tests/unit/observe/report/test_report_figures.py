@@ -1,0 +1,113 @@
+import json
+
+import matplotlib
+import numpy as np
+import pytest
+
+from moe_train.observe.report import RunRecord
+from moe_train.observe.report.drawing import MOST_POINTS, STYLE, embed, smoothed, thinned
+from moe_train.observe.report.figures import FIGURES, expert_load
+from moe_train.observe.report.figures.expert_load import binned
+from moe_train.observe.report.figures.loss import unigram_loss
+from moe_train.observe.report.record import Series
+
+names = [module.__name__.rpartition(".")[2] for module in FIGURES]
+
+
+@pytest.fixture(autouse=True)
+def house_style():
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def lines_of(axes):
+    return {line.get_label(): line.get_xydata() for line in axes.get_lines()}
+
+
+@pytest.mark.parametrize("module", FIGURES, ids=names)
+def test_every_figure_is_titled_drawn_and_embeds(module, whole_run):
+    assert module.TITLE and module.CAPTION.endswith(".") and module.ABSENT.endswith(".")
+    figure = module.draw(RunRecord.load(whole_run))
+    assert figure is not None
+    for axes in figure.axes:
+        assert axes.axison is False or axes.images or axes.get_ylabel() or axes.get_label() == "<colorbar>"
+    html = embed(figure, module.TITLE)
+    assert (html.startswith("<svg") and "currentColor" in html) or html.startswith("<img")
+
+
+@pytest.mark.parametrize("module", FIGURES, ids=names)
+def test_no_figure_is_drawn_from_nothing(module, tmp_path):
+    assert module.draw(RunRecord.load(tmp_path)) is None
+
+
+@pytest.mark.parametrize("module", FIGURES, ids=names)
+@pytest.mark.parametrize("record", [{}, {"loss": None, "step_ms": None, "moe/layer_00/load": None}])
+def test_no_figure_is_drawn_from_unknown_values(module, record, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 1, **record}))
+    assert module.draw(RunRecord.load(tmp_path)) is None
+
+
+@pytest.mark.parametrize("module", FIGURES, ids=names)
+@pytest.mark.parametrize("shape", [{"steps": 1, "every": 1}, {"steps": 20, "layers": 1}, {"steps": 20, "layers": 9}])
+def test_figures_of_odd_shapes(module, shape, make_run):
+    figure = module.draw(RunRecord.load(make_run(drop=0.1, **shape)))
+    assert figure is not None
+    figure.draw_without_rendering()
+
+
+def test_the_loss_figure_shows_training_heldout_and_baseline(whole_run):
+    run = RunRecord.load(whole_run)
+    figure = FIGURES[0].draw(run)
+    assert figure is not None
+    lines = lines_of(figure.axes[0])
+    np.testing.assert_allclose(lines["held-out"][:, 0], [100, 200, 300, 400])
+    np.testing.assert_allclose(lines["train"][:, 1], [record["loss"] for record in run.train])  # short: not smoothed
+    assert "unigram 6.56" in lines  # 4.1 bits per byte at 1.6 nats per token and bit per byte
+
+
+def test_the_unigram_baseline_in_nats_per_token():
+    assert unigram_loss({"loss": 3.0, "bits_per_byte": 2.0, "unigram_bits_per_byte": 4.0}) == pytest.approx(6.0)
+    assert unigram_loss({"loss": 3.0, "bits_per_byte": 2.0}) is None
+    assert unigram_loss({"loss": 3.0, "bits_per_byte": 0.0, "unigram_bits_per_byte": 4.0}) is None
+
+
+def test_the_heat_map_is_centred_on_an_even_share(make_run):
+    run = RunRecord.load(make_run(steps=100, layers=3, experts=4))
+    figure = expert_load.draw(run)
+    assert figure is not None
+    panels = [axes for axes in figure.axes if axes.get_title(loc="left").startswith("layer")]
+    assert len(panels) == 3
+    image = panels[0].images[0]
+    assert image.get_clim() == (-2.0, 2.0)
+    expected = np.log2(run.loads("layer_00")[1].T * 4)
+    np.testing.assert_allclose(image.get_array(), expected)
+    assert panels[2].images[0].get_array()[0, 0] == pytest.approx(-3.0)  # a dead expert is below the scale
+
+
+def test_the_heat_map_averages_over_time():
+    load = np.arange(12.0).reshape(6, 2)
+    np.testing.assert_allclose(binned(load, 3), [[1, 2], [5, 6], [9, 10]])
+    np.testing.assert_allclose(binned(load, 6), load)
+    assert binned(load, 0).shape == (1, 2)
+
+
+def test_dropless_runs_have_no_figure_of_drops(make_run):
+    run = RunRecord.load(make_run(steps=100, drop=0.0))
+    drawn = {module.TITLE: module.draw(run) for module in FIGURES}
+    assert [title for title, figure in drawn.items() if figure is None] == ["Dropped assignments"]
+
+
+def test_thinning_keeps_both_ends():
+    values = np.arange(10_000)
+    thin = thinned(values)
+    assert len(thin) == MOST_POINTS and (thin[0], thin[-1]) == (0, 9_999)
+    assert (np.diff(thin) > 0).all()
+
+
+def test_smoothing_follows_and_skips_what_is_unknown():
+    noise = np.random.default_rng(0).normal(0, 1, 1000)
+    noise[10] = np.nan
+    smooth = smoothed(Series(np.arange(1000), 5 + noise))
+    assert len(smooth.values) == 999
+    assert np.std(smooth.values[100:]) < 0.3
+    assert smooth.values[-1] == pytest.approx(5, abs=0.6)
