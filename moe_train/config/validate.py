@@ -39,7 +39,7 @@ def validate(
         problems = rules(config)
     except ValidationError as error:
         details = error.errors()
-        problems = [to_problem(detail, schema) for detail in details]
+        problems = [problem for detail in details for problem in to_problems(detail, schema)]
         problems += problems_beyond(details, cleaned, schema, rules)
     if problems:
         raise ConfigError(problems)
@@ -118,16 +118,33 @@ def model_of(field: FieldInfo) -> type[BaseModel] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
-def to_problem(detail: ErrorDetails, schema: type[BaseModel]) -> Problem:
-    """Turn one of pydantic's errors into a problem with a remedy."""
+def to_problems(detail: ErrorDetails, schema: type[BaseModel]) -> Iterator[Problem]:
+    """Turn one of pydantic's errors into problems with a remedy: an unknown section gives one for each of its keys."""
     key, section = locate(detail["loc"], schema)
+    value = detail["input"]
+    if detail["type"] != "extra_forbidden":
+        yield to_problem(detail, key)
+    elif key.rpartition(".")[2] in other_kinds(section, schema):
+        kind = section.model_fields["kind"].default
+        yield Problem(key, value, f"does not apply to kind={kind}", "choose the kind that has it, or leave it out")
+    else:
+        for leaf, inner in leaves(key, value):
+            yield Problem(leaf, inner, "is not a key of the configuration", suggestion(leaf, section, schema))
+
+
+def leaves(key: str, value: object) -> Iterator[tuple[str, object]]:
+    """Yield the dotted keys and values below ``key``, or itself."""
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from leaves(f"{key}.{name}", inner)
+    else:
+        yield key, value
+
+
+def to_problem(detail: ErrorDetails, key: str) -> Problem:
+    """Turn an error about the value of a known key into a problem with a remedy."""
     context = detail.get("ctx", {})
     value = detail["input"]
-    if detail["type"] == "extra_forbidden" and key.rpartition(".")[2] in other_kinds(section, schema):
-        kind = section.model_fields["kind"].default
-        return Problem(key, value, f"does not apply to kind={kind}", "choose the kind that has it, or leave it out")
-    if detail["type"] == "extra_forbidden":
-        return Problem(key, value, "is not a key of the configuration", suggestion(key, section, schema))
     if detail["type"] == "missing":
         return Problem(key, None, "is required", f"set {key}=...")
     if detail["type"] in ("literal_error", "union_tag_invalid"):
@@ -187,8 +204,15 @@ def suggestion(key: str, section: type[BaseModel], schema: type[BaseModel]) -> s
     siblings = difflib.get_close_matches(leaf, section.model_fields, n=1, cutoff=0.6)
     elsewhere = [path for path in paths if path.rpartition(".")[2] == leaf]
     near = difflib.get_close_matches(key, paths, n=1, cutoff=0.6)
-    found = elsewhere[:1] or [f"{prefix}{name}" for name in siblings if f"{prefix}{name}" in paths] or near
+    found = (
+        most_alike(key, elsewhere) or [f"{prefix}{name}" for name in siblings if f"{prefix}{name}" in paths] or near
+    )
     return f"did you mean {found[0]}?" if found and found[0] != key else "see --cfg job for all keys"
+
+
+def most_alike(key: str, paths: list[str]) -> list[str]:
+    """Return the path among those with the right last part that is most like ``key``, if there is any."""
+    return sorted(paths, key=lambda path: -difflib.SequenceMatcher(None, key, path).ratio())[:1]
 
 
 def closest(value: str, allowed: str) -> str:

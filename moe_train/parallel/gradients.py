@@ -56,9 +56,7 @@ class GradientBuffers:
 
         Each expert counts once: squares are added over the EP group, never over the replicas.
         """
-        squared_dense, squared_experts = (
-            torch.linalg.vector_norm(buffer, dtype=torch.float64).square() for buffer in (self.dense, self.experts)
-        )
+        squared_dense, squared_experts = squared_norm(self.dense), squared_norm(self.experts)
         dist.all_reduce(squared_experts, group=self.mesh.ep)
         return (squared_dense + squared_experts).sqrt()
 
@@ -73,6 +71,12 @@ class GradientBuffers:
             if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
                 return name
         return ""
+
+
+def squared_norm(x: Tensor) -> Tensor:
+    """Return the sum of squares, fp64 scalar; 0 for an empty tensor."""
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return norm.square()
 
 
 def flat_buffer(parameters: list[nn.Parameter], device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from moe_train.dist.mesh import Mesh
 from moe_train.dist.world import World
 from moe_train.models.transformer import Transformer
 from moe_train.ops.loss import IGNORE, cross_entropy_sum
-from moe_train.training.step import forward, on_device
+from moe_train.training.step import to_inputs
 
 
 @torch.no_grad()
@@ -40,10 +40,10 @@ def evaluate(
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     for window in heldout_batches(store, seq_len, batch, world.rank, world.size, limit):
-        logits_TV = forward(model, window).logits_BSV.flatten(0, 1)
-        labels_T = window.labels_BS.flatten()
-        sums[0] += cross_entropy_sum(logits_TV, on_device(labels_T, model)).cpu()
-        sums[1] += int((labels_T != IGNORE).sum())
+        inputs = to_inputs(window, model)
+        logits_TV = model(inputs.tokens_BS, inputs.valid_BS).logits_BSV.flatten(0, 1)
+        sums[0] += cross_entropy_sum(logits_TV, inputs.labels_T).cpu()
+        sums[1] += int((window.labels_BS != IGNORE).sum())
     model.train(was_training)
     loss_sum, tokens = world.sum_on_host(sums).tolist()
     loss = loss_sum / tokens

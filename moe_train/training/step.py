@@ -53,25 +53,40 @@ def train_step(
     engine.zero_grad()
     counts = step_counts(model, mesh, batches)
     for batch in batches:
-        output = forward(model, batch)
-        loss_sum = cross_entropy_sum(output.logits_BSV.flatten(0, 1), on_device(batch.labels_BS, model).flatten())
+        inputs = to_inputs(batch, model)
+        output: ModelOutput = model(inputs.tokens_BS, inputs.valid_BS)
+        loss_sum = cross_entropy_sum(output.logits_BSV.flatten(0, 1), inputs.labels_T)
         balance_sum = balance_loss_sum(model, output, counts if counts else global_counts(output, mesh))
         engine.backward((loss_sum + balance_sum) / tokens)
         tally.add(loss_sum, output.records)
     return StepResult(engine.step(learning_rate, clip_norm), tally)
 
 
-def forward(model: Transformer, batch: Batch) -> ModelOutput:
-    """Run the model on one micro-batch; positions without a label are padding."""
+@dataclass(frozen=True)
+class Inputs:
+    """One micro-batch where the model is.
+
+    Attributes:
+        tokens_BS: [B, S] int64.
+        labels_T: [B · S] int64, IGNORE where there is no target.
+        valid_BS: [B, S] bool, False for padding; None when there is none.
+    """
+
+    tokens_BS: Tensor
+    labels_T: Tensor
+    valid_BS: Tensor | None
+
+
+def to_inputs(batch: Batch, model: Transformer) -> Inputs:
+    """Bring a batch to the model's device; positions without a label are padding."""
+    device = model.embedding_VD.device
     valid_BS = batch.labels_BS != IGNORE
     all_valid = bool(valid_BS.all())  # on the host, where batches are made: nothing waits for the device
-    output: ModelOutput = model(on_device(batch.tokens_BS, model), None if all_valid else on_device(valid_BS, model))
-    return output
-
-
-def on_device(x: Tensor, model: Transformer) -> Tensor:
-    """Return ``x`` where the model is."""
-    return x.to(model.embedding_VD.device, non_blocking=True)
+    return Inputs(
+        tokens_BS=batch.tokens_BS.to(device, non_blocking=True),
+        labels_T=batch.labels_BS.flatten().to(device, non_blocking=True),
+        valid_BS=None if all_valid else valid_BS.to(device, non_blocking=True),
+    )
 
 
 def global_counts(output: ModelOutput, mesh: Mesh) -> list[Tensor]:
@@ -94,7 +109,8 @@ def step_counts(model: Transformer, mesh: Mesh, batches: Sequence[Batch]) -> lis
     tally = Tally(model.moe_layers)
     with torch.no_grad():
         for batch in batches:
-            tally.add(torch.zeros(()), forward(model, batch).records)
+            inputs = to_inputs(batch, model)
+            tally.add(torch.zeros(()), model(inputs.tokens_BS, inputs.valid_BS).records)
     return list(sum_over(torch.stack([record.counts_E for record in tally.records]), mesh.world))
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from moe_train.observe.records import finite
 from moe_train.observe.redact import redact
 from moe_train.observe.report.drawing import STYLE, embed
 from moe_train.observe.report.figures import FIGURES, FigureModule
@@ -92,8 +91,9 @@ def events(run: RunRecord) -> str:
 
 def details(event: Mapping[str, Any]) -> str:
     """Return an event's message and whatever else it carries."""
-    others = [f"{key}={value}" for key, value in event.items() if key not in ("kind", "step", "event", "message")]
-    return redact(" ".join([str(event.get("message", "")), *others]).strip())
+    others = {key: value for key, value in event.items() if key not in ("kind", "step", "event", "message")}
+    pairs = [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in others.items()]
+    return redact(" ".join([str(event.get("message", "")), *pairs]).strip())
 
 
 def reproduction(run: RunRecord) -> str:
@@ -121,13 +121,9 @@ def section(title: str, body: str) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """Return a table of texts; numbers are set flush right."""
-
-    def cell(value: object) -> str:
-        return f'<td class="number">{value}</td>' if finite(value) is not None else f"<td>{escape(str(value))}</td>"
-
+    """Return a table of texts."""
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 

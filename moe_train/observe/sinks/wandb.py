@@ -72,16 +72,7 @@ class WandbSink:
         logging.getLogger("wandb").propagate = False  # it has its own debug.log
         wandb.setup(_settings(wandb))  # init() alone would still announce the login on the console
         options = _init_options(context, wandb)
-        if self._mode == "online":
-            try:
-                self._run = wandb.init(mode="online", **options)
-            except Exception as error:
-                LOGGER.warning("wandb cannot go online, recording offline instead: %s", redact(_first_line(error)))
-                # Its service still holds the run id for the failed attempt, and would refuse it to the next.
-                wandb.teardown(exit_code=1)
-                wandb.setup(_settings(wandb))
-        if self._run is None:
-            self._run = wandb.init(mode="offline", **options)
+        self._run = _open_online(wandb, options) if self._mode == "online" else wandb.init(mode="offline", **options)
         # The axis is ours: a resumed run repeats steps, which wandb's own counter cannot do.
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
@@ -191,6 +182,21 @@ def _init_options(context: RunContext, wandb: Any) -> dict[str, Any]:
         "config": redact_all(config.model_dump(mode="json")),
         "settings": _settings(wandb),
     }
+
+
+def _open_online(wandb: Any, options: dict[str, Any]) -> Any:
+    """Return an online run, or an offline one, with a warning, when the service cannot be reached."""
+    try:
+        return wandb.init(mode="online", **options)
+    except Exception as error:
+        reason = redact(_first_line(error))
+    # Its service still holds the run id for the failed attempt, and would refuse it to the next.
+    wandb.teardown(exit_code=1)
+    wandb.setup(_settings(wandb))
+    run = wandb.init(mode="offline", **options)
+    sync = f"wandb sync {run.settings.sync_dir}"
+    LOGGER.warning("wandb cannot go online (%s); recording offline, upload with: %s", reason, sync)
+    return run
 
 
 def _settings(wandb: Any) -> Any:

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Time of a step"
-CAPTION = "Each band is the mean time per optimizer step on rank 0: waiting for data, exchanging tokens, and the rest."
+CAPTION = (
+    "Each band is the mean time per optimizer step on rank 0: waiting for data, exchanging tokens, and the rest; "
+    "the highest peaks are cut off."
+)
 ABSENT = "No train record holds the time of a step yet."
 
 
@@ -36,7 +39,7 @@ def draw(run: RunRecord) -> Figure | None:
         alpha=0.8,
     )
     # One pause, for a save or an evaluation, must not press the ordinary steps flat.
-    axes.set_ylim(0, 1.6 * float(np.median(total.values[known])))
+    axes.set_ylim(0, 1.2 * float(np.percentile(total.values[known], 95)))
     axes.set(xlabel="optimizer step", ylabel="ms per step")
     legend_above(axes)
     return figure

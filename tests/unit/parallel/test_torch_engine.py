@@ -1,0 +1,144 @@
+"""The engine: clipping, refusal of bad gradients, and the names of its state."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from layouts import VOCAB, Case, rank_batches
+from spawn import run_ranks
+from torch import Tensor
+
+from moe_train.dist.mesh import Mesh, build_mesh
+from moe_train.dist.world import World, joined
+from moe_train.models.transformer import build_model
+from moe_train.moe.exchange import exchange_for
+from moe_train.parallel.engine import NonFiniteGradientError, TorchEngine
+from moe_train.training.optim import build_optimizer
+from moe_train.training.step import train_step
+
+CASE = Case("top-2")
+RATE = 1e-2
+
+
+@pytest.fixture(scope="module")
+def lone_mesh() -> Iterator[Mesh]:
+    with joined(dist.HashStore(), world := World(0, 1, torch.device("cpu"), 30.0)):
+        yield build_mesh(world, 1)
+
+
+def engine_on(mesh: Mesh) -> TorchEngine:
+    config = CASE.config()
+    exchange = exchange_for(mesh, config.model.ffn.num_experts)
+    model = CASE.prepare(build_model(config.model, VOCAB, exchange, "fp64", torch.device("cpu")))
+    return TorchEngine(model, build_optimizer(model, config.optim), mesh)
+
+
+def snapshot(engine: TorchEngine) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in engine.tensors().items()}
+
+
+def train(engine: TorchEngine, mesh: Mesh, rank: int, size: int, clip_norm: float | None = 0.5) -> None:
+    for batch in CASE.batches():
+        train_step(engine, mesh, rank_batches(batch, rank, size, 1), batch[0].numel(), RATE, clip_norm)
+
+
+def test_views_survive_steps(lone_mesh: Mesh) -> None:
+    engine = engine_on(lone_mesh)
+    before = {name: p.grad.data_ptr() for name, p in engine.model.named_parameters() if p.grad is not None}
+    train(engine, lone_mesh, 0, 1)
+    after = {name: p.grad.data_ptr() for name, p in engine.model.named_parameters() if p.grad is not None}
+    assert after == before
+    engine.gradients.dense.fill_(7.0)
+    assert engine.model.norm.weight.grad is not None
+    assert (engine.model.norm.weight.grad == 7.0).all()
+
+
+@pytest.mark.parametrize(("clip_norm", "expected"), [(None, 3.0), (100.0, 3.0), (1.5, 1.5)])
+def test_clipping(lone_mesh: Mesh, clip_norm: float | None, expected: float) -> None:
+    engine = engine_on(lone_mesh)
+    count = engine.gradients.dense.numel() + engine.gradients.experts.numel()
+    engine.gradients.dense.fill_(3.0 / count**0.5)
+    engine.gradients.experts.fill_(3.0 / count**0.5)
+    assert engine.step(RATE, clip_norm).item() == pytest.approx(3.0, rel=1e-12), "the norm before clipping"
+    assert engine.gradients.norm().item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_rate_reaches_every_group(lone_mesh: Mesh) -> None:
+    engine = engine_on(lone_mesh)
+    before = snapshot(engine)
+    engine.gradients.dense.fill_(1.0)
+    engine.gradients.experts.fill_(1.0)
+    engine.step(0.125, None)
+    for name, parameter in engine.model.named_parameters():
+        # The first step of AdamW on equal gradients: the rate itself, and the decay of matrices.
+        decay = 0.1 if parameter.dim() > 1 else 0.0
+        expected = before[f"model.{name}"] * (1 - 0.125 * decay) - 0.125
+        assert torch.allclose(parameter, expected, rtol=0, atol=1e-8), name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_gradient_changes_nothing(lone_mesh: Mesh, bad: float) -> None:
+    engine = engine_on(lone_mesh)
+    train(engine, lone_mesh, 0, 1)
+    before = snapshot(engine)
+    engine.gradients.experts[3] = bad
+    with pytest.raises(NonFiniteGradientError, match=r"blocks\.0\.ffn\.experts\.gate_up_LDF2"):
+        engine.step(RATE, 1.0)
+    for key, value in engine.tensors().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_state_has_the_same_keys_at_every_step(lone_mesh: Mesh) -> None:
+    engine = engine_on(lone_mesh)
+    keys = engine.tensors().keys()
+    names = dict(engine.model.named_parameters()).keys()
+    moments = {f"optim.{name}.{moment}" for name in names for moment in ("step", "exp_avg", "exp_avg_sq")}
+    assert keys == {f"model.{name}" for name in names} | moments
+    train(engine, lone_mesh, 0, 1)
+    assert engine.tensors().keys() == keys
+
+
+def test_expert_keys_are_those_along_the_experts(lone_mesh: Mesh) -> None:
+    engine = engine_on(lone_mesh)
+    tensors, experts = engine.tensors(), CASE.config().model.ffn.num_experts
+    for key, value in tensors.items():
+        along_experts = ".experts." in key and not key.endswith(".step")
+        assert (key in engine.expert_keys()) == along_experts, key
+        assert not along_experts or value.shape[0] == experts
+
+
+def test_filling_the_tensors_loads_the_state(lone_mesh: Mesh) -> None:
+    trained, fresh = engine_on(lone_mesh), engine_on(lone_mesh)
+    train(trained, lone_mesh, 0, 1)
+    for key, value in fresh.tensors().items():
+        value.copy_(trained.tensors()[key])
+    train(trained, lone_mesh, 0, 1)
+    train(fresh, lone_mesh, 0, 1)
+    for key, value in fresh.tensors().items():
+        assert torch.equal(value, trained.tensors()[key]), key
+
+
+def check_ranks(world: World) -> dict[int, dict[str, Tensor]]:
+    """Train in fp64 with clipping at each EP size; then one rank meets a bad gradient and all refuse it."""
+    weights = {}
+    for ep in (1, 2):
+        mesh = build_mesh(world, ep)
+        engine = engine_on(mesh)
+        train(engine, mesh, world.rank, world.size)
+        before = snapshot(engine)
+        if world.rank == 1:
+            engine.gradients.experts[0] = float("nan")
+        with pytest.raises(NonFiniteGradientError):
+            engine.step(RATE, 1.0)
+        assert all(torch.equal(value, before[key]) for key, value in engine.tensors().items())
+        weights[ep] = before
+    return weights
+
+
+def test_two_ranks_stay_equal_and_refuse_together() -> None:
+    first, second = run_ranks(check_ranks, 2)
+    for ep, tensors in first.items():
+        for key, value in tensors.items():
+            if ep == 1 or ".experts." not in key:
+                assert torch.equal(value, second[ep][key]), f"ep {ep}: replicas of {key} drift apart"
