@@ -7,6 +7,7 @@ every key while the YAML files state only what differs.
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -54,7 +55,7 @@ def defaults_of(schema: type[BaseModel]) -> dict[str, Any]:
 
 def is_group(key: str) -> bool:
     """Whether ``key`` names a folder of options (``model``, ``model/ffn/capacity``) rather than a value."""
-    return (config_dir() / key).is_dir()
+    return key != "" and (config_dir() / key).is_dir()
 
 
 def with_force(argument: str) -> str:
@@ -109,15 +110,14 @@ def separate(name: str, overrides: list[str]) -> tuple[list[str], list[Problem]]
 
 def remedy_for(key: str) -> str:
     """Return what to do about an override that does not compose."""
-    folder = config_dir() / key
-    if folder.is_dir():
-        return f"choose one of {', '.join(sorted(path.stem for path in folder.glob('*.yaml')))}"
+    if is_group(key):
+        return f"choose one of {', '.join(sorted(path.stem for path in (config_dir() / key).glob('*.yaml')))}"
     return "write it as KEY=VALUE (quote values with special characters)"
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of a message, without Hydra's prefix."""
-    return str(error).strip().splitlines()[0].removeprefix("In '").strip()
+    """Return the first line of a message, without Hydra's ``In 'FILE': ``."""
+    return re.sub(r"^In '[^']*': ", "", str(error).strip().splitlines()[0])
 
 
 def keys_of(overrides: list[str]) -> frozenset[str]:

@@ -52,7 +52,7 @@ class SourceConfig(Strict):
     """Name of the source."""
     path: str | None = None
     """text: file, folder or glob of .txt and .jsonl; huggingface: data set name, or a folder, file or glob of parquet,
-    jsonl or csv; tokens: folder or glob of token files."""
+    jsonl or csv; tokens: folder, or glob of folders, that moe_train.prepare wrote."""
     name: str | None = None
     """huggingface: configuration name of the data set."""
     split: str = "train"

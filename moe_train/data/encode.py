@@ -79,7 +79,8 @@ class Encoder:
         share = min(1.0, BPE_SAMPLE_BYTES / found.total_bytes)
         sampled = found.hashes >= (1.0 - share) * 2.0**64
         with self.progress("training the tokenizer", int(found.total_bytes * share)) as advance:
-            for document, is_sampled in zip(self.source.documents(), sampled, strict=True):
+            # Not strict: whether the corpus has changed since the survey is found out, and told, when it is encoded.
+            for document, is_sampled in zip(self.source.documents(), sampled, strict=False):
                 if is_sampled:
                     yield document.text
                     advance(len(document.text.encode()))
@@ -90,18 +91,20 @@ class Encoder:
         done_documents = done_bytes = 0
         with self.progress("encoding", found.total_bytes) as advance:
             for number, documents in enumerate(group_by_bytes(self.source.documents(), self.data.shard_bytes)):
+                first, done_documents = done_documents, done_documents + len(documents)
+                if done_documents > found.num_documents:
+                    break
                 index = np.zeros(len(documents), dtype=INDEX)
                 index["bytes"] = [len(document.text.encode()) for document in documents]
                 index["domain"] = [domains.get(document.domain, -1) for document in documents]
-                index["heldout"] = heldout[done_documents : done_documents + len(documents)]
+                index["heldout"] = heldout[first:done_documents]
                 files = ShardFiles(self.folder, number)
                 yield measure(finish_shard(files, documents, index, tokenizer))
-                done_documents += len(documents)
                 done_bytes += int(index["bytes"].sum())
                 advance(int(index["bytes"].sum()))
         if (done_documents, done_bytes) != (found.num_documents, found.total_bytes):
-            rule = f"had {found.num_documents} documents at first and {done_documents} while it was encoded"
-            raise DataError(Problem("data", None, rule, "run again when nothing writes to the corpus"))
+            rule = f"the corpus of {found.num_documents} documents has changed while it was prepared"
+            raise DataError(Problem("data", None, rule, "run again when nothing writes to it"))
 
     def _count_unigrams(self, split: Split, num_shards: int, vocab_size: int) -> str:
         """Write how often each token occurs in a split; return the name of the file."""

@@ -14,9 +14,7 @@ from torch import Tensor
 from moe_train.data.permutation import permute
 from moe_train.data.store import TokenStore
 from moe_train.errors import CheckpointError, DataError, Problem
-
-IGNORE = -100
-"""Label of a position that does not count in the loss; torch's cross_entropy passes it over by default."""
+from moe_train.ops.loss import IGNORE
 
 
 @dataclass(frozen=True)

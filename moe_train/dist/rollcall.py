@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import signal
 import sys
 import threading
 import time
@@ -49,12 +50,22 @@ class RollCall:
                     continue
                 self.store.set(f"present/{self.rank}", "")
             except Exception:
-                # The store is gone with its host. The main thread's next collective fails and says so.
+                if not self.ended.is_set():
+                    self.stop_orphan()
                 return
             if not self.ended.wait(GRACE_S):
                 self.explain(TimeoutError("another rank failed and this one hung in a collective"))
                 os._exit(1)
             return
+
+    def stop_orphan(self) -> None:
+        """Ask this process to save and stop: the launcher, which kept the store, was killed.
+
+        The connections between the ranks outlive it, so that they would train on, seen by nobody, and meet the next
+        start of the same run in its folder.
+        """
+        print(f"[rank {self.rank}] the launcher is gone: stopping", file=sys.stderr, flush=True)  # noqa: T201
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def explain(self, error: BaseException) -> None:
         """Report this rank's failure, wait for the others' answers and print one line with who is missing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -12,7 +13,9 @@ from moe_train.data.loader import Batch
 from moe_train.dist.comm import METER
 from moe_train.errors import CheckpointError
 from moe_train.models.counts import count
+from moe_train.observe.records import parse_record
 from moe_train.observe.sinks import RunContext, SinkGroup, open_sinks
+from moe_train.observe.sinks.jsonl import FILE_NAME
 from moe_train.ops.loss import IGNORE
 from moe_train.training.evaluate import evaluate
 from moe_train.training.optim import learning_rate
@@ -72,7 +75,7 @@ def fit(run: Run) -> Outcome:
         if step > run.start_step:
             save(run, step, sinks)
         final = held_out(run, None) if signal is None else {}
-        if final and step > run.start_step:
+        if final and (step > run.start_step or not is_evaluated(run.folder, step)):
             sinks.write({"kind": "eval", "step": step, **final})
         sinks.close("finished" if signal is None else "interrupted")
     return Outcome(step, signal, final)
@@ -81,6 +84,13 @@ def fit(run: Run) -> Outcome:
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps (0: never) happens after ``step`` steps."""
     return every > 0 and step % every == 0
+
+
+def is_evaluated(folder: Path, step: int) -> bool:
+    """Whether ``metrics.jsonl`` holds an evaluation of ``step``: a life that ended after its last save left none."""
+    path = folder / FILE_NAME
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return any(record["kind"] == "eval" and record["step"] == step for record in map(parse_record, lines) if record)
 
 
 def announce(run: Run, sinks: SinkGroup) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from moe_train.data.corpus import Corpus, open_corpus
 from moe_train.data.loader import TrainLoader
 from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World
+from moe_train.errors import ConfigError, Problem
 from moe_train.models.initialise import initialise
 from moe_train.models.transformer import build_model
 from moe_train.moe.exchange import exchange_for
@@ -66,8 +68,9 @@ def build_run(config: TrainConfig, world: World) -> Run:
     """Prepare data, model and optimizer, and go on from a checkpoint when there is one. Collective.
 
     Raises:
-        DataError, CheckpointError: on all ranks alike.
+        ConfigError, DataError, CheckpointError: on all ranks alike.
     """
+    world.leader_first(lambda: require_writable(Path(config.run.dir).expanduser()))
     mesh = build_mesh(world, config.parallel.ep)
     corpus = open_corpus(config.data, config.tokenizer, world.leader_first)
     exchange = exchange_for(mesh, config.model.ffn.num_experts)
@@ -90,6 +93,22 @@ def build_run(config: TrainConfig, world: World) -> Run:
     run = Run(config, world, mesh, corpus, engine, loader, manager, checkpoint.step if checkpoint else 0)
     world.leader_first(lambda: describe(run))
     return run
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a run folder that cannot be made or written, before anything that takes long; makes nothing itself.
+
+    Raises:
+        ConfigError: a file is in its place or above it, or the folder belongs to somebody else.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        rule = f"{existing} is a file, not a folder"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        rule = f"{existing} may not be written"
+    else:
+        return
+    raise ConfigError(Problem("run.dir", folder, rule, "choose another run.dir or run.name"))
 
 
 def micro_batch(config: TrainConfig, world: World) -> int:
@@ -126,7 +145,9 @@ def identity(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
 def describe(run: Run) -> None:
     """Write what the run is into its folder: configuration, environment, tokenizer."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_config(run.folder / "config.yaml", run.config)
+    # A tokenizer.json has no place for the name of the boundary token: it is kept with the configuration.
+    tokenizer = run.config.tokenizer.model_copy(update={"boundary_token": run.corpus.tokenizer.boundary_token})
+    write_config(run.folder / "config.yaml", run.config.model_copy(update={"tokenizer": tokenizer}))
     device = None if run.world.device.type == "cpu" else {"device": str(run.world.device)}
     (run.folder / "environment.json").write_text(json.dumps(environment(device), indent=1) + "\n")
     run.corpus.tokenizer.save(run.folder / "tokenizer.json")

@@ -41,7 +41,7 @@ class ConsoleSink:
         self._total_steps = context.config.train.steps
         self._last_step, self._last_time = context.start_step, self._clock()
         if is_terminal(self._stream):
-            self._live = LiveStatus(self._stream, self._total_steps, self._clock)
+            self._live = LiveStatus(self._stream, context.start_step, self._total_steps, self._clock)
         self._print(f"run {printable(context.config.run.name)} in {printable(str(context.run_dir))}")
         self._print(LEGEND)
 

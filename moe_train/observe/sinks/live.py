@@ -19,16 +19,17 @@ class LiveStatus:
 
     Args:
         stream: the terminal.
+        start_step: optimizer steps done before the first record.
         total_steps: optimizer steps of the whole run.
         clock: monotonic time in seconds.
     """
 
-    def __init__(self, stream: TextIO, total_steps: int, clock: Callable[[], float]) -> None:
+    def __init__(self, stream: TextIO, start_step: int, total_steps: int, clock: Callable[[], float]) -> None:
         # A run in a batch system never gets here and need not pay for the import.
         from rich.console import Console
         from rich.live import Live
 
-        self._total_steps = total_steps
+        self._step, self._total_steps = start_step, total_steps
         self._clock = clock
         self._record: Record | None = None
         self._progress = Progress(total_steps, None, None)
@@ -48,7 +49,8 @@ class LiveStatus:
 
     def update(self, record: Record, progress: Progress) -> None:
         """Show a new train record."""
-        self._record, self._progress, self._updated = record, progress, self._clock()
+        self._step, self._record = record["step"], record
+        self._progress, self._updated = progress, self._clock()
 
     def stop(self) -> None:
         """Take the status off the terminal."""
@@ -61,13 +63,12 @@ class LiveStatus:
         from rich.table import Table
         from rich.text import Text
 
-        step = self._record["step"] if self._record is not None else 0
         top = Table.grid(padding=(0, 1), expand=True)
         top.add_column()
         top.add_column(ratio=1)
         top.add_column(justify="right")
-        share = f"step {step}/{self._total_steps} {step / self._total_steps:.0%}"
-        bar = ProgressBar(total=self._total_steps, completed=step)
+        share = f"step {self._step}/{self._total_steps} {self._step / self._total_steps:.0%}"
+        bar = ProgressBar(total=self._total_steps, completed=self._step)
         top.add_row(share, bar, f"eta {duration(self._remaining_s())}")
         return Panel(Group(top, *(Text(line, overflow="ellipsis", no_wrap=True) for line in self._figures())))
 

@@ -222,11 +222,16 @@ def test_text_and_tokenizer_problems_come_together(tmp_path):
     assert [problem.key for problem in caught.value.problems] == ["data.path", "tokenizer.path"]
 
 
-def test_corpus_that_changes_meanwhile_is_noticed(make_data, some_texts, monkeypatch):
-    passes = iter([some_texts, some_texts[:-1]])
+@pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
+@pytest.mark.parametrize(
+    "change", [lambda texts: texts[:-1], lambda texts: [*texts, "more"], lambda texts: ["", *texts[1:]]]
+)
+def test_corpus_that_changes_meanwhile_is_noticed(make_data, some_texts, monkeypatch, tokenizer, change):
+    later = change(some_texts)
+    passes = iter([some_texts, later, later])
     monkeypatch.setattr(TextFiles, "documents", lambda self: (Document(text, "text") for text in next(passes)))
-    with pytest.raises(DataError, match="60 documents at first and 59"):
-        prepare(make_data(some_texts), BYTES, None, no_progress)
+    with pytest.raises(DataError, match="60 documents has changed while it was prepared"):
+        prepare(make_data(some_texts), tokenizer, None, no_progress)
 
 
 def test_bpe_is_trained_once_per_corpus(make_data, some_texts, monkeypatch):

@@ -1,4 +1,5 @@
 from collections import Counter
+from hashlib import sha256
 
 import pytest
 
@@ -61,15 +62,14 @@ def test_scenes_keep_every_character():
 def test_wikipedia_has_an_article_per_document():
     articles = texts_of("wikipedia")
     assert len(articles) == 10_033
-    assert articles[1].startswith(
-        "= 2001: A Space Odyssey =\n2001: A Space Odyssey is a 1968 epic science fiction film"
-    )
+    assert articles[1].startswith("= 2001: A Space Odyssey =\n2001: A Space Odyssey is a 1968 epic science fiction")
 
 
 def test_imdb_is_shuffled_clean_and_free_of_copies():
     reviews = texts_of("imdb")
     assert len(reviews) == len(set(reviews)) == 24_904
-    assert reviews == texts_of("imdb")
+    # The same order in every process and on every machine: a set has another one each time.
+    assert sha256("\0".join(reviews).encode()).hexdigest().startswith("0b1601bd3b9c861b")
     assert not any("<br />" in review for review in reviews)
     # the file is sorted by sentiment: in a shuffled order both halves have as many mentions of "worst"
     halves = Counter(position < len(reviews) // 2 for position, text in enumerate(reviews) if "worst" in text)

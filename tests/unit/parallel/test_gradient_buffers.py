@@ -1,18 +1,15 @@
-"""Gradients in flat buffers: views that stay views, sums over the right ranks, and a norm that counts once."""
+"""Gradients in flat buffers, on one rank: views that stay views, the norm, and who is named when one is bad."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import VOCAB, Case
-from spawn import run_ranks
+from layouts import Case
 from torch import nn
 
 from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World, joined
-from moe_train.models.transformer import Transformer, build_model
-from moe_train.moe.exchange import exchange_for
 from moe_train.parallel.gradients import GradientBuffers, flat_buffer
 
 CASE = Case("top-2")
@@ -92,30 +89,4 @@ def test_a_dense_model_has_no_expert_buffer(lone_mesh: Mesh) -> None:
 def test_one_buffer_has_one_dtype() -> None:
     mixed = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, dtype=torch.float64))]
     with pytest.raises(AssertionError, match="cannot share a buffer"):
-        flat_buffer(mixed)
-
-
-def sharded_model(mesh: Mesh, device: torch.device) -> Transformer:
-    config = CASE.config().model
-    exchange = exchange_for(mesh, config.ffn.num_experts)
-    return CASE.prepare(build_model(config, VOCAB, exchange, "fp64", device))
-
-
-def check_sums(world: World) -> None:
-    """Gradients of ones for what is dense and of the rank's place for experts have sums in closed form."""
-    for ep in (1, 2, 4):
-        mesh = build_mesh(world, ep)
-        buffers = GradientBuffers(sharded_model(mesh, world.device), mesh)
-        buffers.dense.fill_(1.0)
-        buffers.experts.fill_(mesh.ep_rank + 1.0)
-        buffers.reduce()
-        replicas = world.size // ep
-        assert (buffers.dense == world.size).all(), "dense: summed over all ranks"
-        assert (buffers.experts == replicas * (mesh.ep_rank + 1)).all(), "experts: summed over their replicas only"
-        squared = buffers.dense.numel() * world.size**2
-        squared += sum(buffers.experts.numel() * (replicas * (place + 1)) ** 2 for place in range(ep))
-        assert buffers.norm().item() == pytest.approx(squared**0.5, rel=1e-14), "each expert counts once"
-
-
-def test_sums_and_norm_over_ranks() -> None:
-    run_ranks(check_sums, 4)
+        flat_buffer(mixed, torch.device("cpu"))

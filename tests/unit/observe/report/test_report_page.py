@@ -182,7 +182,7 @@ def test_long_texts_are_cut_and_say_so(make_run, no_figures):
 
 @pytest.mark.slow
 def test_the_page_of_a_large_model_stays_under_two_megabytes(make_run):
-    path = write_report(make_run(steps=3000, layers=61, experts=256, drop=0.02))
+    path = write_report(make_run(steps=1000, layers=61, experts=256, drop=0.02))
     assert path.stat().st_size < 2_000_000
 
 

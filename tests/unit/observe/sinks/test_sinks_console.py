@@ -121,6 +121,14 @@ def test_on_a_terminal_lines_stay_and_the_status_goes(tmp_path, monkeypatch):
     assert "\x1b[?25l" in shown and shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # and gave the cursor back
 
 
+def test_a_resumed_run_shows_where_it_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    started(stream, tmp_path, start_step=500).close("interrupted")
+    assert "step 500/1000 50%" in stream.getvalue()
+    assert "waiting for the first record" in stream.getvalue()
+
+
 def test_a_dumb_terminal_gets_plain_lines(tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()

@@ -1,0 +1,125 @@
+"""The command line as users meet it: exit status, messages, Hydra's own flags, sweeps."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moe_train.config.compose import config_dir, defaults_of
+from moe_train.config.schema import TrainConfig
+
+REPOSITORY = config_dir().parent
+QUICK_S = 10.0
+ECHO = """
+from moe_train.config.door import door
+from moe_train.config.rules import train_problems
+from moe_train.config.schema import TrainConfig
+
+@door("train", TrainConfig, train_problems)
+def main(config: TrainConfig) -> None:
+    print(f"ran {config.run.name} seed {config.run.seed} in {config.run.dir}")
+
+main()
+"""
+"""A command like the trainer that only says what it was given."""
+
+
+def run(*command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment = {**kept, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def train(*arguments: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return run("-m", "moe_train.train", *arguments, folder=folder, **variables)
+
+
+def echo(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    (folder / "echo.py").write_text(ECHO)
+    return run("echo.py", *arguments, folder=folder)
+
+
+def test_all_mistakes_are_listed_quickly_without_a_traceback(tmp_path: Path) -> None:
+    started_s = time.monotonic()
+    done = train("model.ffn.topk=2", "train.steps=0", "model=sparse_tny", "run.name=a/b", folder=tmp_path)
+    elapsed_s = time.monotonic() - started_s
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert lines[0] == "configuration error: 4 problems"
+    assert sorted(line.split("=")[0].strip() for line in lines[1:]) == [
+        "model", "model.ffn.topk", "run.name", "train.steps"
+    ]  # fmt: skip
+    assert "did you mean model.ffn.top_k?" in done.stderr
+    assert elapsed_s < QUICK_S * (1 + os.getloadavg()[0] / (os.cpu_count() or 1)), "with some grace on a busy machine"
+    assert list(tmp_path.iterdir()) == [], "a mistake leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.steps=1,2"], "train.steps=1,2: Ambiguous value"),
+        (["optim.betas=[0.9"], "optim.betas=[0.9: "),
+        (["-m", "run.seed=0,1", "model.heads=7"], "model.heads=7: must divide model.dim=256"),
+    ],
+)
+def test_mistakes_of_syntax_and_in_sweeps(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = train(*arguments, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_only_the_first_rank_speaks(tmp_path: Path) -> None:
+    done = train("train.steps=0", folder=tmp_path, RANK="1", WORLD_SIZE="2")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+def test_cfg_job_prints_every_key(tmp_path: Path) -> None:
+    done = train("--cfg", "job", "model=dense_tiny", folder=tmp_path)
+    assert done.returncode == 0
+    printed = yaml.safe_load(done.stdout)
+
+    def keys(mapping: dict[str, object], prefix: str = "") -> set[str]:
+        inner = [keys(v, f"{prefix}{k}.") for k, v in mapping.items() if isinstance(v, dict)]
+        return {f"{prefix}{k}" for k in mapping}.union(*inner)
+
+    assert keys(printed) == keys(defaults_of(TrainConfig))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_shows_groups_and_keys(tmp_path: Path) -> None:
+    done = train("--help", folder=tmp_path)
+    assert done.returncode == 0
+    for shown in ("sparse_tiny", "shakespeare", "global_batch"):
+        assert shown in done.stdout
+
+
+def test_a_sweep_gives_each_job_a_name_of_its_own(tmp_path: Path) -> None:
+    done = echo("-m", "run.seed=0,1", "model=dense_tiny,sparse_tiny", "train.steps=30", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    jobs = [line.split() for line in done.stdout.splitlines() if line.startswith("ran ")]
+    assert len(jobs) == 4
+    names = {job[1] for job in jobs}
+    assert len(names) == 4
+    assert all("steps" not in name for name in names), "only what was swept"
+    assert {job[5] for job in jobs} == {f"runs/{name}" for name in names}
+    assert {path.name for path in tmp_path.iterdir()} <= {"echo.py", "multirun.yaml"}
+
+
+def test_a_given_name_stays_in_a_sweep(tmp_path: Path) -> None:
+    done = echo("-m", "run.seed=0,1", "run.name=mine-${run.seed}", folder=tmp_path)
+    jobs = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("ran ")]
+    assert jobs == ["mine-0", "mine-1"]
+
+
+def test_a_single_run(tmp_path: Path) -> None:
+    done = echo("run.name=one", folder=tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, "ran one seed 0 in runs/one")
+    assert [path.name for path in tmp_path.iterdir()] == ["echo.py"], "Hydra writes nothing"

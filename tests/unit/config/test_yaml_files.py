@@ -1,0 +1,109 @@
+"""Every YAML file composes, says something of its own, and repeats no default; every field is documented."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from moe_train.config import schema
+from moe_train.config.compose import compose_config, config_dir, defaults_of
+from moe_train.config.schema import (
+    EvaluateConfig,
+    GenerateConfig,
+    PrepareConfig,
+    ReportConfig,
+    TrainConfig,
+)
+from moe_train.config.validate import variants_of
+
+PRIMARY: dict[str, tuple[type[BaseModel], list[str]]] = {
+    "train": (TrainConfig, []),
+    "prepare": (PrepareConfig, []),
+    "evaluate": (EvaluateConfig, ["run.dir=x"]),
+    "generate": (GenerateConfig, ["run.dir=x", "prompt=hello"]),
+    "report": (ReportConfig, ["run.dir=x"]),
+}
+"""The files of the commands, with what must be given on the command line."""
+FILES = sorted(path.relative_to(config_dir()) for path in config_dir().rglob("*.yaml"))
+OPTIONS = [path for path in FILES if len(path.parts) > 1]
+SELECTORS = {"kind", "source", "scope"}
+"""A file may name the option that it is, even where that is the default."""
+SIZES = {"num_experts", "top_k", "expert_dim", "hidden_dim"}
+"""Sizes are what a preset is: another default must not make it another model."""
+
+
+def compose(name: str, *overrides: str) -> BaseModel:
+    model, required = PRIMARY[name]
+    return compose_config(name, model, lambda config: [], [*required, *overrides])
+
+
+def leaves(mapping: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value
+
+
+def stated(path: Path) -> list[tuple[tuple[str, ...], Any]]:
+    """The values of a file by their full key; what it tells Hydra itself is left out."""
+    content = yaml.safe_load((config_dir() / path).read_text()) or {}
+    for other in ("defaults", "hydra"):
+        content.pop(other, None)
+    is_global = (config_dir() / path).read_text().startswith("# @package _global_") or len(path.parts) == 1
+    return list(leaves(content, () if is_global else path.parent.parts))
+
+
+def test_every_command_is_known_here() -> None:
+    assert {path.stem for path in FILES if len(path.parts) == 1} == PRIMARY.keys()
+
+
+@pytest.mark.parametrize("name", PRIMARY)
+def test_every_command_composes(name: str) -> None:
+    assert compose(name)
+
+
+@pytest.mark.parametrize("path", OPTIONS, ids=str)
+def test_every_option_composes_and_takes_effect(path: Path) -> None:
+    config = compose("train", f"{path.parent.as_posix()}={path.stem}").model_dump(mode="json")
+    for key, value in stated(path):
+        found: Any = config
+        for part in key:
+            found = found[part]
+        if not isinstance(value, str) or "${" not in value:
+            assert found == value, ".".join(key)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_file_begins_with_what_it_is(path: Path) -> None:
+    lines = (config_dir() / path).read_text().splitlines()
+    comments = [line for line in lines[:2] if line.startswith("# ") and not line.startswith("# @package")]
+    assert comments, "the first line says what the file is"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_file_repeats_a_default(path: Path) -> None:
+    defaults = dict(leaves(defaults_of(PRIMARY[path.stem if len(path.parts) == 1 else "train"][0])))
+    allowed = SELECTORS | (SIZES if path.parent == Path("model") else set())
+    repeated = [key for key, value in stated(path) if key in defaults and defaults[key] == value]
+    assert [".".join(key) for key in repeated if key[-1] not in allowed] == []
+
+
+SECTIONS = [value for value in vars(schema).values() if isinstance(value, type) and issubclass(value, schema.Strict)]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_every_field_is_documented(section: type[BaseModel]) -> None:
+    assert section.__doc__
+    for name, field in section.model_fields.items():
+        assert field.description, f"{section.__name__}.{name} has no docstring"
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_every_kind_of_a_union_names_itself(section: type[BaseModel]) -> None:
+    for field in section.model_fields.values():
+        for kind, variant in variants_of(field).items():
+            assert variant.model_fields["kind"].default == kind
