@@ -69,14 +69,14 @@ def fit(run: Run) -> Outcome:
                 sinks.write(train_record(run, step, rate, tokens, result, window))
                 window = Window()
             if due(step, config.eval.every) and step < config.train.steps:
-                sinks.write({"kind": "eval", "step": step, **held_out(run, config.eval.batches)})
+                write_eval(sinks, step, held_out(run, config.eval.batches))
             if due(step, config.checkpoint.every) and step < config.train.steps and signal is None:
                 save_or_report(run, step, sinks)
         if step > run.start_step:
             save(run, step, sinks)
         final = held_out(run, None) if signal is None else {}
-        if final and (step > run.start_step or not is_evaluated(run.folder, step)):
-            sinks.write({"kind": "eval", "step": step, **final})
+        if step > run.start_step or not is_evaluated(run.folder, step):
+            write_eval(sinks, step, final)
         sinks.close("finished" if signal is None else "interrupted")
     return Outcome(step, signal, final)
 
@@ -84,6 +84,12 @@ def fit(run: Run) -> Outcome:
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps (0: never) happens after ``step`` steps."""
     return every > 0 and step % every == 0
+
+
+def write_eval(sinks: SinkGroup, step: int, figures: dict[str, float]) -> None:
+    """Record an evaluation, if there was one."""
+    if figures:
+        sinks.write({"kind": "eval", "step": step, **figures})
 
 
 def is_evaluated(folder: Path, step: int) -> bool:
@@ -147,7 +153,12 @@ def train_record(
 
 
 def held_out(run: Run, batches: int | None) -> dict[str, float]:
-    """Evaluate on ``batches`` global batches of the held-out text, or on all of it. Collective."""
+    """Evaluate on ``batches`` global batches of the held-out text, or on all of it. Collective.
+
+    Returns nothing when no text is held out (``data.heldout_fraction=0``).
+    """
+    if run.corpus.heldout.num_tokens < 2:
+        return {}
     limit = None if batches is None else batches * run.accumulation
     rows = micro_batch(run.config, run.world)
     store, seq_len = run.corpus.heldout, run.config.data.seq_len
