@@ -217,7 +217,7 @@ class ParallelConfig(Strict):
 class OptimConfig(Strict):
     """AdamW with linear warm-up and cosine decay."""
 
-    lr: PositiveFloat = 2e-3
+    lr: PositiveFloat = 1e-3
     """Peak learning rate."""
     min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """Learning rate at the last step relative to the peak."""

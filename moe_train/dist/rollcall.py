@@ -71,6 +71,9 @@ class RollCall:
         """Report this rank's failure, wait for the others' answers and print one line with who is missing."""
         if self.size == 1:
             return
+        if threading.current_thread() is threading.main_thread():
+            # torchrun terminates the survivors as soon as it sees one rank dead; it waits 30 s before it kills them.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         self.ended.set()
         lost: list[str] = []

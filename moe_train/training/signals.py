@@ -19,6 +19,9 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if error is not None:
+            # torchrun terminates the survivors of a dead rank: their way out, with its roll call, must not be cut short.
+            del self.previous[signal.SIGTERM]
         for number, handler in self.previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

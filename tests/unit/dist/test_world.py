@@ -62,6 +62,7 @@ def test_user_errors_keep_their_message_between_processes() -> None:
         World.raise_together(arrived)
     assert error.value.problems == (PROBLEM, PROBLEM)
     assert str(error.value) == f"{PROBLEM}\n{PROBLEM}"
+    assert error.value.shared, "all ranks have it: only the first prints it"
 
 
 def test_one_process_has_a_process_group_too(monkeypatch: pytest.MonkeyPatch) -> None:

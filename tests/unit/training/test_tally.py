@@ -65,7 +65,7 @@ def test_figures_of_a_layer_without_tokens_are_finite() -> None:
 
 
 def test_two_micro_batches_measure_as_one() -> None:
-    case = Case("every other layer", ("model.ffn.every=2",), zero_router=True)
+    case = Case("every third layer", ("model.layers=3", "model.ffn.every=3"), zero_router=True)
     model, (tokens_BS, labels_BS) = case.whole_model(), case.batches()[0]
     measured = []
     with joined(dist.HashStore(), world := World(0, 1, torch.device("cpu"), 30.0)):
@@ -84,6 +84,6 @@ def test_two_micro_batches_measure_as_one() -> None:
     experts = case.config().model.ffn.num_experts
     assert whole["aux_loss"] == pytest.approx(1.0), "an untrained router with even scores"
     assert whole["z_loss"] == pytest.approx(math.log(experts) ** 2)
-    assert whole["moe/layer_01/entropy"] == pytest.approx(math.log(experts))
-    assert whole["moe/layer_01/load"] == [0.5, 0.5, 0.0, 0.0], "the depth of the layer, not its number among the MoE"
+    assert whole["moe/layer_02/entropy"] == pytest.approx(math.log(experts))
+    assert whole["moe/layer_02/load"] == [0.5, 0.5, 0.0, 0.0], "the depth of the layer, not its number among the MoE"
     assert "moe/layer_00/load" not in whole
