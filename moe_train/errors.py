@@ -39,6 +39,10 @@ class UserError(Exception):
         assert self.problems, "an error needs at least one problem"
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[tuple[Problem, ...]]]:
+        """Travel between processes by the problems: the message alone does not make an error."""
+        return type(self), (self.problems,)
+
     def report(self) -> str:
         """Return the whole message: a headline with the count, then one line per problem."""
         count = len(self.problems)

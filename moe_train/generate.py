@@ -1,4 +1,4 @@
-"""Continue a text with a trained model: ``python -m moe_train.generate run.dir=DIR prompt="..."``, or under torchrun."""
+"""Continue a text with a trained model: ``python -m moe_train.generate run.dir=DIR prompt="..."``."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ def main(config: TrainConfig) -> None:
         run = build_run(config, world)
         outcome = fit(run)
         text = "" if outcome.signal else sample_text(config, run.corpus.tokenizer, run.engine.model)
-        if world.is_leader:
-            finish(run.folder, outcome.step, outcome.final, text)
+        # The others wait: torchrun terminates every rank as soon as one ends with a status other than 0.
+        world.leader_first(lambda: finish(run.folder, outcome.step, outcome.final, text))
     if outcome.signal:
         sys.exit(128 + outcome.signal)
 

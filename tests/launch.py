@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any
 
 import psutil
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from moe_train.checkpoint.manifest import damage_of, read_manifest
 from moe_train.checkpoint.reader import CHECKPOINTS, published_steps, step_name
@@ -27,6 +29,11 @@ from moe_train.observe.records import parse_record
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "MOE_TRAIN_TEST_MARK"
 """Environment variable by which the processes of a command are found, whoever their parent is by now."""
+RUN_TIMEOUT_S = 120.0
+SERVICES_END_S = 5.0
+"""For services of a library (wandb) to notice that their process has ended."""
+Variables = Mapping[str, str | None]
+AS_INHERITED: Variables = {}
 TINY = [
     "model.dim=32", "model.layers=2", "model.heads=2", "model.attention.kv_heads=1", "model.ffn.expert_dim=16",
     "data.seq_len=32", "data.heldout_fraction=0.1", "train.global_batch=8", "optim.warmup_steps=1", "log.every=1",
@@ -53,7 +60,7 @@ class Command:
         variables: added to the environment; None removes one.
     """
 
-    def __init__(self, words: Sequence[str], folder: Path, variables: Mapping[str, str | None] = {}) -> None:
+    def __init__(self, words: Sequence[str], folder: Path, variables: Variables = AS_INHERITED) -> None:
         self.mark = uuid.uuid4().hex
         self.start_s = time.monotonic()
         self.out, self.err = folder / f"{self.mark}.out", folder / f"{self.mark}.err"
@@ -113,20 +120,21 @@ class Command:
 
 
 @contextlib.contextmanager
-def started(
-    door: str,
-    overrides: Sequence[str],
-    folder: Path,
-    ranks: int = 1,
-    variables: Mapping[str, str | None] = {},
-) -> Iterator[Command]:
-    """Run ``moe_train.DOOR`` on so many ranks for as long as the context lasts."""
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
-    command = Command([sys.executable, "-m", *launcher, f"moe_train.{door}", *overrides], folder, variables)
+def running(words: Sequence[str], folder: Path, variables: Variables = AS_INHERITED) -> Iterator[Command]:
+    """Run a command line for as long as the context lasts."""
+    command = Command(words, folder, variables)
     try:
         yield command
     finally:
         command.kill_all()
+
+
+def started(
+    door: str, overrides: Sequence[str], folder: Path, ranks: int = 1, variables: Variables = AS_INHERITED
+) -> contextlib.AbstractContextManager[Command]:
+    """Run ``moe_train.DOOR`` on so many ranks for as long as the context lasts."""
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
+    return running([sys.executable, "-m", *launcher, f"moe_train.{door}", *overrides], folder, variables)
 
 
 def run(
@@ -134,15 +142,25 @@ def run(
     overrides: Sequence[str],
     folder: Path,
     ranks: int = 1,
-    variables: Mapping[str, str | None] = {},
-    timeout_s: float = 120.0,
+    variables: Variables = AS_INHERITED,
     status: int | None = 0,
 ) -> Ended:
-    """Run a command to its end, which must have exit status ``status`` (None: any) and leave no process."""
+    """Run ``moe_train.DOOR`` to its end, which must have exit status ``status`` (None: any) and leave no process."""
     with started(door, overrides, folder, ranks, variables) as command:
-        ended = command.wait(timeout_s)
-        assert status is None or ended.status == status, f"exit status {ended.status}\n{command.output()}"
-        assert not command.alive(), "processes were left behind"
+        return end_of(command, RUN_TIMEOUT_S, status)
+
+
+def run_words(words: Sequence[str], folder: Path, variables: Variables, timeout_s: float) -> Ended:
+    """Run a command line to its end, which must be a success and leave no process."""
+    with running(words, folder, variables) as command:
+        return end_of(command, timeout_s, 0)
+
+
+def end_of(command: Command, timeout_s: float, status: int | None) -> Ended:
+    """Wait for a command's end and check it."""
+    ended = command.wait(timeout_s)
+    assert status is None or ended.status == status, f"exit status {ended.status}\n{command.output()}"
+    wait_until(lambda: not command.alive(), SERVICES_END_S, "the end of every process of the command")
     return ended
 
 
@@ -185,8 +203,9 @@ def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
 
 def curve(run_dir: Path) -> list[tuple[Any, ...]]:
     """Of each train record what a resumed run must repeat to the last bit, the load of each expert included."""
-    exact = ("step", "loss", "aux_loss", "z_loss", "grad_norm", "lr", "tokens", "moe/layer_00/load", "moe/layer_01/load")
-    return [tuple(record[key] for key in exact) for record in records(run_dir, "train")]
+    exact = ["step", "loss", "aux_loss", "z_loss", "grad_norm", "lr", "tokens"]
+    loads = ["moe/layer_00/load", "moe/layer_01/load"]
+    return [tuple(record[key] for key in exact + loads) for record in records(run_dir, "train")]
 
 
 def good_steps(run_dir: Path) -> list[int]:
@@ -210,13 +229,14 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole: weights and optimizer state."""
-    reader = dcp.FileSystemReader(checkpoint)
+    reader = FileSystemReader(checkpoint)
     tensors = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in reader.read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings(action="ignore"):  # that there is no process group here
+        load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 

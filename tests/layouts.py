@@ -66,7 +66,9 @@ class Case:
 
     def whole_model(self) -> Transformer:
         model = self.config().model
-        return self.prepare(build_model(model, VOCAB, LocalExchange(model.ffn.num_experts), "fp64", torch.device("cpu")))
+        return self.prepare(
+            build_model(model, VOCAB, LocalExchange(model.ffn.num_experts), "fp64", torch.device("cpu"))
+        )
 
 
 def rank_batches(batch: tuple[Tensor, Tensor], rank: int, world_size: int, accumulation: int) -> list[Batch]:

@@ -1,4 +1,4 @@
-"""The one way in which tests start ranks: spawned, over a file store, with a timeout and the failing rank's traceback."""
+"""The one way in which tests start ranks: spawned, over a file store, with a timeout and the traceback of who failed."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from hydra import compose, initialize_config_dir
@@ -21,17 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from moe_train.config.groups import config_dir, is_group, options_of
 from moe_train.config.validate import MISSING, Rules, model_of, validate
 from moe_train.errors import ConfigError, Problem
 
 Schema = TypeVar("Schema", bound=BaseModel)
-
-
-def config_dir() -> Path:
-    """Return the folder of the YAML groups: inside the package when installed as a wheel, beside it in a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def register(name: str, schema: type[BaseModel]) -> None:
@@ -51,11 +44,6 @@ def defaults_of(schema: type[BaseModel]) -> dict[str, Any]:
         else:
             values[name] = field.default
     return values
-
-
-def is_group(key: str) -> bool:
-    """Whether ``key`` names a folder of options (``model``, ``model/ffn/capacity``) rather than a value."""
-    return key != "" and (config_dir() / key).is_dir()
 
 
 def with_force(argument: str) -> str:
@@ -104,14 +92,16 @@ def separate(name: str, overrides: list[str]) -> tuple[list[str], list[Problem]]
             good.append(override)
         except (HydraException, OmegaConfBaseException) as error:
             key, _, value = override.lstrip("+").partition("=")
-            problems.append(Problem(key, value or None, first_line(error), remedy_for(key)))
+            problems.append(Problem(key, value or None, first_line(error), remedy_for(key, str(error))))
     return good, problems
 
 
-def remedy_for(key: str) -> str:
+def remedy_for(key: str, message: str) -> str:
     """Return what to do about an override that does not compose."""
+    if message.startswith("Ambiguous value"):
+        return "add -m for one run per value, or write a list as KEY=[A,B]"
     if is_group(key):
-        return f"choose one of {', '.join(sorted(path.stem for path in (config_dir() / key).glob('*.yaml')))}"
+        return f"choose one of {', '.join(options_of(key))}"
     return "write it as KEY=VALUE (quote values with special characters)"
 
 

@@ -15,7 +15,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 from pydantic import BaseModel
 
-from moe_train.config.compose import compose_config, config_dir, keys_of, register, to_mapping, with_force
+from moe_train.config.compose import compose_config, keys_of, register, to_mapping, with_force
+from moe_train.config.groups import config_dir
 from moe_train.config.validate import Rules, validate
 from moe_train.errors import UserError
 

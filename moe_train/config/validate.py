@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from moe_train.config.groups import is_group, options_of
 from moe_train.errors import ConfigError, Problem
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -129,7 +130,8 @@ def to_problems(detail: ErrorDetails, schema: type[BaseModel]) -> Iterator[Probl
         yield Problem(key, value, f"does not apply to kind={kind}", "choose the kind that has it, or leave it out")
     else:
         for leaf, inner in leaves(key, value):
-            yield Problem(leaf, inner, "is not a key of the configuration", suggestion(leaf, section, schema))
+            siblings = list(section.model_fields) if leaf == key else []
+            yield Problem(leaf, inner, "is not a key of the configuration", suggestion(leaf, siblings, schema))
 
 
 def leaves(key: str, value: object) -> Iterator[tuple[str, object]]:
@@ -154,6 +156,10 @@ def to_problem(detail: ErrorDetails, key: str) -> Problem:
         return Problem(key, value, f"must be one of {allowed}", "choose one of them" + closest(str(value), allowed))
     if isinstance(value, Mapping):
         return Problem(key, None, detail["msg"].lower(), "give a single value")
+    if detail["type"] == "model_type":
+        group = key.replace(".", "/")
+        choice = f" or choose {group}={'|'.join(options_of(group))}" if is_group(group) else ""
+        return Problem(key, value, "is a section, not a value", f"set the keys in it{choice}")
     return Problem(key, value, detail["msg"].replace("Input should", "should"), "correct the value")
 
 
@@ -196,17 +202,21 @@ def key_paths(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from key_paths(section, f"{prefix}{name}.")
 
 
-def suggestion(key: str, section: type[BaseModel], schema: type[BaseModel]) -> str:
-    """Return a remedy for an unknown key: the key that was probably meant."""
+def suggestion(key: str, siblings: list[str], schema: type[BaseModel]) -> str:
+    """Return a remedy for an unknown key: the key that was probably meant.
+
+    Args:
+        key: the unknown key.
+        siblings: fields of the section in which it stands; none when that section does not exist.
+        schema: of the whole configuration.
+    """
     parent, _, leaf = key.rpartition(".")
-    prefix = f"{parent}." if parent else ""
     paths = list(dict.fromkeys(key_paths(schema)))
-    siblings = difflib.get_close_matches(leaf, section.model_fields, n=1, cutoff=0.6)
     elsewhere = [path for path in paths if path.rpartition(".")[2] == leaf]
-    near = difflib.get_close_matches(key, paths, n=1, cutoff=0.6)
-    found = (
-        most_alike(key, elsewhere) or [f"{prefix}{name}" for name in siblings if f"{prefix}{name}" in paths] or near
-    )
+    beside = [f"{parent}.{name}".lstrip(".") for name in difflib.get_close_matches(leaf, siblings, n=1)]
+    by_leaf = {path.rpartition(".")[2]: path for path in paths}
+    similar = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1)]
+    found = most_alike(key, elsewhere) or beside or difflib.get_close_matches(key, paths, n=1) or similar
     return f"did you mean {found[0]}?" if found and found[0] != key else "see --cfg job for all keys"
 
 

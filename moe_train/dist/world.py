@@ -84,7 +84,6 @@ class World:
     def raise_together(failure: object) -> None:
         """Raise ``failure`` if there is one."""
         if isinstance(failure, UserError):
-            failure = type(failure)(failure.problems)  # made anew: what was pickled has its problems, not its message
             failure.shared = True
         if isinstance(failure, BaseException):
             raise failure

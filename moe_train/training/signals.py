@@ -20,7 +20,7 @@ class StopRequest:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if error is not None:
-            # torchrun terminates the survivors of a dead rank: their way out, with its roll call, must not be cut short.
+            # torchrun terminates the survivors of a dead rank: their way out, and its roll call, must not be cut.
             del self.previous[signal.SIGTERM]
         for number, handler in self.previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import string
 from pathlib import Path
 
 import pytest
+
 from launch import TINY
 
 

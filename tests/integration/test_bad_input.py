@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launch import Ended, run
+
+from launch import AS_INHERITED, Ended, Variables, run
 
 SOON_S = 10.0
 
 
-def refused(door: str, overrides: list[str], folder: Path, ranks: int = 1, variables: dict[str, str] = {}) -> Ended:
+def refused(
+    door: str, overrides: list[str], folder: Path, ranks: int = 1, variables: Variables = AS_INHERITED
+) -> Ended:
     """Run a command that must refuse its input. torchrun answers 1 whatever its ranks answer."""
     ended = run(door, overrides, folder, ranks, variables, status=2 if ranks == 1 else 1)
     assert "problem" in ended.stderr, ended.stderr
@@ -50,7 +53,8 @@ def test_bad_texts(path: str, told: list[str], tiny: list[str], bad_texts: Path,
     ended = refused("train", [*tiny, f"data.path={bad_texts / path}", "run.dir=run"], tmp_path)
     assert len(problems(ended)) == len(told)
     for line, expected in zip(problems(ended), told, strict=True):
-        assert expected in line and path in line or path == "short"
+        assert expected in line
+        assert path in line or path == "short", "the place is named, unless it is the text as a whole"
     assert not (tmp_path / "run").exists()
 
 
@@ -73,7 +77,7 @@ def test_mistakes_of_all_kinds_are_told_together(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*/")), "nothing is made"
 
 
-@pytest.mark.parametrize("name", ["../../elsewhere", "/tmp/elsewhere", "x" * 300])
+@pytest.mark.parametrize("name", ["../../elsewhere", "x" * 300])
 def test_a_run_name_cannot_leave_its_place(name: str, tmp_path: Path) -> None:
     assert problems(refused("train", [f"run.name={name}"], tmp_path))[0].startswith("run.name=")
 
@@ -98,14 +102,15 @@ if os.environ.get("RANK") == "0":
 """
 
 
-def test_under_torchrun_a_mistake_is_told_once_and_whichever_rank_is_first(tmp_path: Path) -> None:
-    """torchrun ends all ranks with the first that ends: the others' silence cost the first rank's report."""
+def test_under_torchrun_a_mistake_is_told_whichever_rank_is_first(tmp_path: Path) -> None:
+    """torchrun ends all ranks with the first that ends: while only the first rank spoke, it could be too late."""
     (tmp_path / "sitecustomize.py").write_text(SLOW_LEADER)
     slow_leader = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
     ended = refused("train", ["parallel.ep=3"], tmp_path, ranks=2, variables=slow_leader)
-    assert ended.stderr.count("configuration error: 2 problems") == 1
+    assert "configuration error: 2 problems" in ended.stderr
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_bad_text_is_told_once(tiny: list[str], tmp_path: Path) -> None:
     ended = refused("train", [*tiny, "data.path=nowhere", "parallel.ep=2"], tmp_path, ranks=2)
     assert ended.stderr.count("data error: 1 problem") == 1

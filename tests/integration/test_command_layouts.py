@@ -1,4 +1,4 @@
-"""The layout contract through the command line: the same training on one rank, two ranks, and two that share experts."""
+"""The layout contract through the command line: one training on one rank, two ranks, and two that share experts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from launch import checkpoint_path, records, run, tensors_of
 
 STEPS = 12

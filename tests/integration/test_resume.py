@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from launch import Ended, assert_same_tensors, checkpoint_path, curve, good_steps, records, run, stop_at
 
 STEPS = 40
@@ -65,6 +66,7 @@ def test_three_stops_leave_no_trace_in_weights_and_moments(twins: Twins) -> None
     assert_same_tensors(checkpoint_path(twins.stopped, STEPS), checkpoint_path(twins.whole, STEPS))
 
 
+@pytest.mark.slow
 def test_a_run_that_died_after_its_last_save_is_evaluated_by_the_next_start(twins: Twins, tmp_path: Path) -> None:
     """The final evaluation stood only on the console: the records, and with them the report, had none."""
     shutil.copytree(twins.whole, tmp_path / "run")
@@ -76,6 +78,7 @@ def test_a_run_that_died_after_its_last_save_is_evaluated_by_the_next_start(twin
     assert curve(tmp_path / "run") == curve(twins.whole)
 
 
+@pytest.mark.slow
 def test_another_layout_goes_on_from_a_checkpoint(twins: Twins, tmp_path: Path) -> None:
     """One rank's checkpoint on two ranks that share the experts, and their checkpoint on one rank again."""
     middle = f"checkpoint.resume={checkpoint_path(twins.whole, 15)}"

@@ -23,7 +23,9 @@ def test_from_command_to_grouped_gemm_are_8_frames(tmp_path, monkeypatch):
     def stand_in(*_):
         raise ArrivedError
 
-    text = "\n\n".join(f"Paragraph {i} of a small text, long enough to be split into documents." * 40 for i in range(60))
+    text = "\n\n".join(
+        f"Paragraph {i} of a small text, long enough to be split into documents." * 40 for i in range(60)
+    )
     (tmp_path / "text.txt").write_text(text)
     monkeypatch.setattr(experts_room, "grouped_gemm", stand_in)
     small = ["data=text", f"data.path={tmp_path}/text.txt", f"data.cache_dir={tmp_path}/cache", "tokenizer=bytes",

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moe_train.config.compose import config_dir, defaults_of
+from moe_train.config.compose import defaults_of
+from moe_train.config.groups import config_dir
 from moe_train.config.schema import TrainConfig
 
 REPOSITORY = config_dir().parent

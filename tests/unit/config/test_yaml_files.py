@@ -9,7 +9,8 @@ import yaml
 from pydantic import BaseModel
 
 from moe_train.config import schema
-from moe_train.config.compose import compose_config, config_dir, defaults_of
+from moe_train.config.compose import compose_config, defaults_of
+from moe_train.config.groups import config_dir
 from moe_train.config.schema import (
     EvaluateConfig,
     GenerateConfig,

@@ -13,12 +13,14 @@ import torch.multiprocessing as mp
 
 from moe_train.dist.world import World, joined
 
-SIZE, VICTIM = 3, 2
+SIZE, BUSY, VICTIM = 3, 1, 2
+BUSY_S = 6.0
+"""Longer than the living may take to answer: this rank's thread answers for it."""
 NAMED_WITHIN_S = 15.0
 
 
 def rank_main(rank: int, port: int, folder: str) -> None:
-    """Meet the others; the victim is killed, the rest wait for it in a collective."""
+    """Meet the others; the victim is killed, one rank waits for it in a collective, one is busy before it does."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     world = World(rank, SIZE, torch.device("cpu"), timeout_s=60.0)
@@ -26,6 +28,8 @@ def rank_main(rank: int, port: int, folder: str) -> None:
         world.barrier()
         if rank == VICTIM:
             os.kill(os.getpid(), signal.SIGKILL)
+        if rank == BUSY:
+            time.sleep(BUSY_S)
         world.barrier()
 
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from model_samples import VARIANTS, VOCAB, build, config_of, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_train.config.compose import compose_config, config_dir
+from moe_train.config.compose import compose_config
+from moe_train.config.groups import config_dir
 from moe_train.config.schema import ModelConfig, TrainConfig
 from moe_train.models import blocks
 from moe_train.models.counts import count

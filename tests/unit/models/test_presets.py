@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from moe_train.config.compose import compose_config, config_dir
+from moe_train.config.compose import compose_config
+from moe_train.config.groups import config_dir
 from moe_train.config.rules import train_problems
 from moe_train.config.schema import TrainConfig
 from moe_train.models.initialise import initialise
