@@ -162,7 +162,7 @@ def train(config: TrainConfig, model: Transformer, batches: list[tuple[Tensor, T
         gradients = {n: torch.zeros_like(w[n]) if g is None else g for n, g in gradients.items()}
         size = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients.values()))
         scale = 1.0 if config.train.clip_norm is None else min(1.0, config.train.clip_norm / (size + 1e-6))
-        truth.losses.append(float(loss))
+        truth.losses.append(float(loss.detach()))
         truth.aux.append(aux)
         truth.norms.append(size)
         truth.gradients = {n: g * scale for n, g in gradients.items()}

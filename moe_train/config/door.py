@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -33,6 +34,8 @@ QUIET = [
 ]
 USER_MISTAKE = 2
 """Exit status of a mistake in configuration or input."""
+LEADER_SPEAKS_S = 5.0
+"""How long the other ranks wait for rank 0 to tell the user, in seconds."""
 
 
 def door(
@@ -123,4 +126,6 @@ def guarded(work: Callable[[], Any]) -> None:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not error.shared:
             print(error.report() if rank == "0" else f"[rank {rank}] {error.report()}", file=sys.stderr)  # noqa: T201
+        else:
+            time.sleep(LEADER_SPEAKS_S)  # torchrun terminates rank 0 as soon as this one ends
         sys.exit(USER_MISTAKE)
