@@ -1,4 +1,4 @@
-"""The one way in which tests start ranks: spawned, over a file store, with a timeout and the traceback of who failed."""
+"""The one way in which tests start ranks: spawned, over a file store, with a timeout and the first traceback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from moe_train.dist.world import World, joined
 COLLECTIVE_TIMEOUT_S = 30.0
 
 
-def run_ranks(work: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(
+    work: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    collective_timeout_s: float = COLLECTIVE_TIMEOUT_S,
+) -> list[Any]:
     """Run ``work(world, *args)`` on ``world_size`` gloo ranks and return their results by rank.
 
     ``work`` must be a top-level function and its result picklable. Each start imports torch: put many cases into one.
@@ -27,7 +33,7 @@ def run_ranks(work: Callable[..., Any], world_size: int, *args: Any, timeout_s: 
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=_rank_main, args=(work, rank, world_size, folder, args))
+            context.Process(target=_rank_main, args=(work, rank, world_size, folder, collective_timeout_s, args))
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -50,11 +56,18 @@ def run_ranks(work: Callable[..., Any], world_size: int, *args: Any, timeout_s: 
         return [torch.load(Path(folder, f"result{rank}"), weights_only=False) for rank in range(world_size)]
 
 
-def _rank_main(work: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+def _rank_main(
+    work: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    folder: str,
+    collective_timeout_s: float,
+    args: tuple[Any, ...],
+) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(f"{folder}/store", world_size)
-    world = World(rank, world_size, torch.device("cpu"), COLLECTIVE_TIMEOUT_S)
+    world = World(rank, world_size, torch.device("cpu"), collective_timeout_s)
     try:
         with joined(store, world):
             result = work(world, *args)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from moe_train.dist.rollcall import RollCall
 from moe_train.errors import UserError
+
+
+HEARTBEAT_S = 10.0
+"""Between two words of rank 0 to those who wait for it, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,19 @@ class World:
         return total
 
     def leader_first(self, work: Callable[[], object]) -> None:
-        """Run ``work`` on rank 0 while the others wait; what it raises is raised on every rank."""
-        failure: BaseException | None = None
-        if self.is_leader:
-            try:
-                work()
-            except Exception as error:  # passed on to all ranks below, none may wait for ever
-                failure = error
-        self.raise_together(self.broadcast(portable(failure)))
+        """Run ``work`` on rank 0 while the others wait; what it raises is raised on every rank.
+
+        It may take longer than a collective's timeout (a corpus is tokenised for hours): rank 0 works in a thread and
+        tells the others again and again that it is still there.
+        """
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            future = pool.submit(work) if self.is_leader else None
+            while True:
+                answer = self.broadcast(progress_of(future, min(HEARTBEAT_S, self.timeout_s / 3)))
+                assert isinstance(answer, Progress), "rank 0 tells how far it is"
+                if answer.is_done:
+                    break
+        self.raise_together(answer.failure)
 
     def agree(self, failure: BaseException | None) -> None:
         """Raise the first rank's failure on every rank, or nothing when no rank has one."""
@@ -87,6 +97,27 @@ class World:
             failure.shared = True
         if isinstance(failure, BaseException):
             raise failure
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What rank 0 tells those who wait for it.
+
+    Attributes:
+        is_done: whether its work has ended.
+        failure: what the work raised, or None.
+    """
+
+    is_done: bool
+    failure: BaseException | None
+
+
+def progress_of(future: Future[object] | None, patience_s: float) -> Progress | None:
+    """Return how far rank 0's work is after at most ``patience_s`` seconds; None on the other ranks."""
+    if future is None:
+        return None
+    wait([future], timeout=patience_s)
+    return Progress(future.done(), portable(future.exception()) if future.done() else None)
 
 
 def portable(failure: BaseException | None) -> BaseException | None:

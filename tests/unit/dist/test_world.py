@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import time
 
 import pytest
 import torch
@@ -87,3 +88,13 @@ def test_the_process_group_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -
 
 def test_backend_of_a_cpu() -> None:
     assert backend_for(torch.device("cpu")) == "gloo"
+
+
+def slow_leader(world):
+    done = []
+    world.leader_first(lambda: (time.sleep(5.0), done.append(True)))
+    return done
+
+
+def test_the_others_wait_longer_than_a_collective_when_the_leader_is_at_work():
+    assert run_ranks(slow_leader, 2, collective_timeout_s=2.0) == [[True], []]
