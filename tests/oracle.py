@@ -93,7 +93,7 @@ def moe(config, w: dict[str, Tensor], prefix: str, x_SD: Tensor, valid: list[boo
                 taken[e] += 1
                 if limit is None or taken[e] <= limit:
                     expert = swiglu(x_D, w[f"{prefix}.experts.gate_up_LDF2"][e], w[f"{prefix}.experts.down_LFD"][e])
-                    y_D = y_D + p[e] / total * expert
+                    y_D = y_D + ffn.router.scale * p[e] / total * expert
         if f"{prefix}.shared.down.weight" in w:
             up, down = w[f"{prefix}.shared.gate_up.weight"], w[f"{prefix}.shared.down.weight"]
             y_D = y_D + swiglu(x_D, up.t(), down.t())

@@ -114,6 +114,9 @@ class TopKRouterConfig(Strict):
     """Kind of router."""
     normalize: Literal["none", "selected"] = "selected"
     """selected: the K weights of a token sum to one (with top_k=1 the router then gets no gradient: refused)."""
+    scale: PositiveFloat = 1.0
+    """Multiplies the weights (routed scaling factor, DeepSeek-V2). With K, K chosen experts add up like one dense layer
+    of their joint width; with 1 they are averaged."""
 
 
 class AuxLossConfig(Strict):
@@ -221,6 +224,9 @@ class OptimConfig(Strict):
 
     lr: PositiveFloat = 1e-3
     """Peak learning rate."""
+    router_lr_ratio: PositiveFloat = 1.0
+    """Learning rate of the routers relative to the others. Adam moves every weight by about the learning rate, and the
+    many weights of a router in one direction: at first all tokens may follow it to the same experts."""
     min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """Learning rate at the last step relative to the peak."""
     warmup_steps: NonNegativeInt = 20

@@ -49,6 +49,7 @@ class TopKRouter(nn.Module):
         super().__init__()
         self.top_k = top_k
         self.normalize = config.normalize
+        self.scale = config.scale
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.roles = {"weight": Role(Kind.ROUTER, init_std)}
 
@@ -61,4 +62,4 @@ class TopKRouter(nn.Module):
         weights_TK = probabilities_TE.gather(1, experts_TK)
         if self.normalize == "selected":
             weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
-        return Routing(logits_TE, probabilities_TE, experts_TK, weights_TK)
+        return Routing(logits_TE, probabilities_TE, experts_TK, self.scale * weights_TK)

@@ -84,7 +84,7 @@ class TorchEngine:
         if clip_norm is not None:
             self.gradients.scale((clip_norm / (norm + 1e-6)).clamp(max=1.0))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
         self.optimizer.step()
         return norm
 

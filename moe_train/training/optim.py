@@ -14,7 +14,7 @@ from moe_train.moe.roles import Kind, roles_of
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Return AdamW (arXiv 1711.05101) with one group per role and decay; every parameter is in exactly one.
 
-    Vectors (the gains of norms) are not decayed.
+    Vectors (the gains of norms) are not decayed. A group's ``lr_ratio`` multiplies the learning rate of each step.
     """
     roles = roles_of(model)
     groups: dict[tuple[Kind, bool], list[nn.Parameter]] = {}
@@ -22,7 +22,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         groups.setdefault((roles[name].kind, parameter.dim() > 1), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0, "name": f"{kind}"}
+            {
+                "params": parameters,
+                "weight_decay": config.weight_decay if decayed else 0.0,
+                "lr_ratio": config.router_lr_ratio if kind is Kind.ROUTER else 1.0,
+                "name": f"{kind}",
+            }
             for (kind, decayed), parameters in sorted(groups.items())
         ],
         lr=config.lr,

@@ -10,7 +10,7 @@ from spawn import run_ranks
 CASES = [
     Case("top-2, global balance"),
     Case("top-1 with probabilities as weights", ("model=switch_tiny", "model.ffn.capacity.kind=dropless")),
-    Case("top_k = num_experts", ("model.ffn.top_k=4",)),
+    Case("top_k = num_experts, weights scaled", ("model.ffn.top_k=4", "model.ffn.router.scale=2.5")),
     Case("all tokens to the first experts", zero_router=True),
     Case("all tokens to one expert", ("model=switch_tiny", "model.ffn.capacity.kind=dropless"), zero_router=True),
     Case("uneven valid tokens per rank and micro-batch", padding="uneven"),

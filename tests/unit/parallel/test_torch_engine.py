@@ -116,3 +116,12 @@ def test_filling_the_tensors_loads_the_state(lone_mesh: Mesh) -> None:
     train(fresh, lone_mesh, 0, 1)
     for key, value in fresh.tensors().items():
         assert torch.equal(value, trained.tensors()[key]), key
+
+
+def test_the_ratio_of_a_group_multiplies_its_rate(lone_mesh: Mesh) -> None:
+    engine = engine_on(lone_mesh)
+    for group in engine.optimizer.param_groups:
+        group["lr_ratio"] = 0.1 if group["name"] == "router" else 1.0
+    train(engine, lone_mesh, 0, 1)
+    rates = {group["name"]: group["lr"] for group in engine.optimizer.param_groups}
+    assert rates == {"dense": RATE, "expert": RATE, "router": pytest.approx(0.1 * RATE)}
