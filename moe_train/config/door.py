@@ -6,8 +6,10 @@ import functools
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
@@ -26,7 +28,6 @@ Schema = TypeVar("Schema", bound=BaseModel)
 QUIET = [
     # Every rank is a Hydra application of its own: none may make folders or log files; rank 0 makes the run folder.
     "hydra.run.dir=.",
-    "hydra.sweep.dir=.",
     "hydra.sweep.subdir=.",
     "hydra.output_subdir=null",
     "hydra/job_logging=none",
@@ -75,7 +76,9 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     """
     forced = [with_force(argument) for argument in arguments]
     first = next((i for i, a in enumerate(forced) if "=" in a and not a.startswith("-")), len(forced))
-    return [*forced[:first], *QUIET, *forced[first:]]
+    # A sweep leaves a record of Hydra's (multirun.yaml, with paths of the machine): not in the user's folder.
+    record = f"hydra.sweep.dir={Path(tempfile.gettempdir()) / f'moe_train-sweep-{os.getpid()}'}"
+    return [*forced[:first], *QUIET, record, *forced[first:]]
 
 
 def check(name: str, schema: type[Schema], rules: Rules[Schema], arguments: list[str]) -> None:
