@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from launch import good_steps, records, run
-
 from moe_train.checkpoint.faults import FAULT_VARIABLE
 
 STEPS = 5
