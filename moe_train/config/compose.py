@@ -1,13 +1,16 @@
 """How Hydra composes a configuration here: the schema's defaults, the YAML groups, the command line.
 
-The defaults of the schema are registered as Hydra's node ``schema/NAME``, so that ``--cfg job`` and ``--help`` show
-every key while the YAML files state only what differs.
+The defaults of the schema are registered as Hydra's node ``schema/NAME``, while the YAML files state only what differs.
+A section that is chosen by ``kind`` or switched on enters without its defaults: what one kind leaves unsaid must not
+become the value of another. ``--cfg job`` and ``--help`` get them from `unstated`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
+from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
 from hydra import compose, initialize_config_dir
@@ -20,11 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from moe_train.config.groups import config_dir, is_group, options_of
-from moe_train.config.validate import MISSING, Rules, model_of, validate
+from moe_train.config.groups import LISTS, config_dir, is_group, options_of
+from moe_train.config.validate import MISSING, Rules, closest, model_of, validate, variants_of
 from moe_train.errors import ConfigError, Problem
 
 Schema = TypeVar("Schema", bound=BaseModel)
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)  # Hydra refuses GROUP=null with a ValueError
 
 
 def register(name: str, schema: type[BaseModel]) -> None:
@@ -40,9 +44,21 @@ def defaults_of(schema: type[BaseModel]) -> dict[str, Any]:
         if field.default is PydanticUndefined:
             values[name] = defaults_of(section) if section else MISSING
         elif isinstance(field.default, BaseModel):
-            values[name] = field.default.model_dump(mode="json")
+            values[name] = stated_by(field.default)
         else:
             values[name] = field.default
+    return values
+
+
+def stated_by(section: BaseModel) -> dict[str, Any]:
+    """Return a section as a plain mapping; one that is chosen by ``kind`` without the defaults of its kind."""
+    values = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel) and variants_of(field):
+            values[name] = value.model_dump(mode="json", exclude_defaults=True) | value.model_dump(include={"kind"})
+        elif isinstance(value, BaseModel):
+            values[name] = stated_by(value)
     return values
 
 
@@ -72,37 +88,92 @@ def compose_config(name: str, schema: type[Schema], rules: Rules[Schema], overri
             config = validate(to_mapping(compose(name, overrides=good)), schema, rules, keys_of(good))
         except ConfigError as error:
             raise ConfigError([*problems, *error.problems]) from None
-        except (HydraException, OmegaConfBaseException) as error:
-            problems.append(Problem("command line", None, first_line(error), "correct it"))
+        except COMPOSITION_ERRORS as error:
+            problems.append(joint_problem(error))
     if problems:
         raise ConfigError(problems)
     return config
 
 
+def unstated(name: str, schema: type[BaseModel], overrides: list[str]) -> list[str]:
+    """Return the overrides after which Hydra's composition has exactly the keys of the validated configuration.
+
+    They add the defaults of chosen sections and delete what a preset set for another kind. None when the configuration
+    is not valid: then there is only Hydra's composition to show.
+    """
+    try:
+        config = compose_config(name, schema, lambda config: [], overrides)
+    except ConfigError:
+        return []
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        composed = to_mapping(compose(name, overrides=[with_force(o) for o in overrides]))
+    wanted, present = dict(values_of(config.model_dump(mode="json"))), dict(values_of(composed))
+    added = [f"++{key}={json.dumps(value)}" for key, value in wanted.items() if key not in present]
+    return added + [f"~{key}" for key in present if key not in wanted]
+
+
+def values_of(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of whatever is no section."""
+    for name, value in mapping.items():
+        if isinstance(value, dict):
+            yield from values_of(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def separate(name: str, overrides: list[str]) -> tuple[list[str], list[Problem]]:
     """Return the overrides that compose, each tried alone, and a problem for each of the others."""
+    lists = [(override, problem) for override in overrides if (problem := list_problem(override))]
+    problems = [problem for _, problem in lists]
+    tried = [override for override in overrides if override not in dict(lists)]
+    with contextlib.suppress(*COMPOSITION_ERRORS):
+        compose(name, overrides=tried)
+        return tried, problems
     good: list[str] = []
-    problems: list[Problem] = []
-    with contextlib.suppress(HydraException, OmegaConfBaseException):
-        compose(name, overrides=overrides)
-        return overrides, []
-    for override in overrides:
+    for override in tried:
         try:
             compose(name, overrides=[override])
             good.append(override)
-        except (HydraException, OmegaConfBaseException) as error:
+        except COMPOSITION_ERRORS as error:
             key, _, value = override.lstrip("+").partition("=")
-            problems.append(Problem(key, value or None, first_line(error), remedy_for(key, str(error))))
+            problems.append(Problem(key, value or None, first_line(error), remedy_for(key, first_line(error))))
     return good, problems
+
+
+def list_problem(override: str) -> Problem | None:
+    """Return a problem when a group of which one option is chosen gets a list: Hydra would take the last in silence."""
+    key, _, value = override.lstrip("+").partition("=")
+    group = key.partition("@")[0]
+    if not is_group(group) or group in LISTS or not value.startswith("["):
+        return None
+    return Problem(key, value, "takes one option, not a list", choice_of(group))
+
+
+def joint_problem(error: Exception) -> Problem:
+    """Return the problem of overrides that compose alone, but not together."""
+    missing = re.match(r"Could not override '([^']*)'\. No match in the defaults list", first_line(error))
+    if missing:
+        group = missing[1]
+        return Problem(group, None, "the chosen preset has no such choice", f"choose another, or write +{group}=...")
+    return Problem("command line", None, first_line(error), "correct it")
 
 
 def remedy_for(key: str, message: str) -> str:
     """Return what to do about an override that does not compose."""
+    group = key.partition("@")[0]
     if message.startswith("Ambiguous value"):
-        return "add -m for one run per value, or write a list as KEY=[A,B]"
-    if is_group(key):
-        return f"choose one of {', '.join(options_of(key))}"
+        as_list = ", or write a list as KEY=[A,B]" if group in LISTS or not is_group(group) else ""
+        return f"add -m for one run per value{as_list}"
+    if is_group(group):
+        named = re.search(r"'([^']*)'", message)
+        return choice_of(group) + closest(named[1].rpartition("/")[2] if named else "", ", ".join(options_of(group)))
     return "write it as KEY=VALUE (quote values with special characters)"
+
+
+def choice_of(group: str) -> str:
+    """Return how an option of a group is chosen."""
+    names = ", ".join(options_of(group))
+    return f"choose any of {names} as {group}=[A,B]" if group in LISTS else f"choose one of {names}"
 
 
 def first_line(error: Exception) -> str:

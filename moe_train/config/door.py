@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 from pydantic import BaseModel
 
-from moe_train.config.compose import compose_config, keys_of, register, to_mapping, with_force
+from moe_train.config.compose import compose_config, keys_of, register, to_mapping, unstated, with_force
 from moe_train.config.groups import config_dir
 from moe_train.config.validate import Rules, validate
 from moe_train.errors import UserError
@@ -33,6 +33,8 @@ QUIET = [
     "hydra/job_logging=none",
     "hydra/hydra_logging=none",
 ]
+SHOWING = frozenset({"--cfg", "-c", "--help", "-h"})
+"""Flags of Hydra that show the configuration instead of running."""
 USER_MISTAKE = 2
 """Exit status of a mistake in configuration or input."""
 LEADER_SPEAKS_S = 5.0
@@ -57,8 +59,8 @@ def door(
         @functools.wraps(main)
         def command() -> None:
             arguments = sys.argv[1:]
-            sys.argv = [sys.argv[0], *hydra_arguments(arguments)]
             register(name, schema)
+            sys.argv = [sys.argv[0], *hydra_arguments(arguments, completion(name, schema, arguments))]
             guarded(lambda: check(name, schema, rules, arguments))
             job = functools.partial(run_job, main, schema, rules, arguments)
             functools.update_wrapper(job, main)
@@ -69,7 +71,14 @@ def door(
     return decorate
 
 
-def hydra_arguments(arguments: list[str]) -> list[str]:
+def completion(name: str, schema: type[BaseModel], arguments: list[str]) -> list[str]:
+    """Return the overrides with which Hydra shows every key of the configuration, when showing is what it is asked."""
+    if not any(argument.partition("=")[0] in SHOWING for argument in arguments):
+        return []
+    return unstated(name, schema, [argument for argument in arguments if "=" in argument and argument[0] != "-"])
+
+
+def hydra_arguments(arguments: list[str], settings: list[str]) -> list[str]:
     """Return the command line for Hydra: every key allowed, and our settings among the overrides.
 
     argparse takes positional arguments in one run only, so that ours stand beside the first override of the user.
@@ -78,7 +87,7 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     first = next((i for i, a in enumerate(forced) if "=" in a and not a.startswith("-")), len(forced))
     # A sweep leaves a record of Hydra's (multirun.yaml, with paths of the machine): not in the user's folder.
     record = f"hydra.sweep.dir={Path(tempfile.gettempdir()) / f'moe_train-sweep-{os.getpid()}'}"
-    return [*forced[:first], *QUIET, record, *forced[first:]]
+    return [*forced[:first], *QUIET, record, *settings, *forced[first:]]
 
 
 def check(name: str, schema: type[Schema], rules: Rules[Schema], arguments: list[str]) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+LISTS = frozenset({"model/ffn/balance"})
+"""Groups of which any number of options may be chosen: ``GROUP=[A,B]``."""
+
 
 def config_dir() -> Path:
     """Return the folder of the YAML groups: inside the package when installed as a wheel, beside it in a checkout."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
+from moe_train.config.routing_rules import routing_problems
 from moe_train.config.schema import DataConfig, ModelConfig, TokenizerConfig, TrainConfig
 from moe_train.errors import Problem
 
@@ -46,21 +47,11 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
     ffn = model.ffn
     if ffn.num_experts == 0:
         return
-    if ffn.top_k > ffn.num_experts:
-        yield Problem(
-            "model.ffn.top_k", ffn.top_k, f"must not exceed model.ffn.num_experts={ffn.num_experts}", "lower top_k"
-        )
     if ffn.every > model.layers:
         yield Problem(
             "model.ffn.every", ffn.every, f"leaves no MoE layer among model.layers={model.layers}", "lower it"
         )
-    if ffn.top_k == 1 and ffn.num_experts > 1 and ffn.router.normalize == "selected":
-        yield Problem(
-            "model.ffn.router.normalize",
-            "selected",
-            "with top_k=1 every weight becomes 1 and the router gets no gradient from the task",
-            "set model.ffn.router.normalize=none",
-        )
+    yield from routing_problems(ffn)
 
 
 def batch_problems(config: TrainConfig, world_size: int) -> Iterator[Problem]:

@@ -1,24 +1,17 @@
 """Every key of the configuration, its default, unit and bounds: the one place where a default lives.
 
-The YAML files under ``configs/`` state only what differs from these values. Groups whose options differ in their
-fields (router, capacity) are unions chosen by ``kind``.
+The YAML files under ``configs/`` state only what differs from these values. The keys of routing have a file of their
+own, `config.routing`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Strict(BaseModel):
-    """Base of all sections: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+from moe_train.config.base import Fraction, Strict
+from moe_train.config.routing import BalanceConfig, CapacityConfig, DroplessConfig, RouterConfig, TopKRouterConfig
 
 
 class RunConfig(Strict):
@@ -73,7 +66,7 @@ class MixPart(SourceConfig):
 class DataConfig(SourceConfig):
     """Source, packing and split of the training text."""
 
-    parts: dict[str, MixPart] = {}
+    parts: dict[str, MixPart] = Field(default={})
     """mix: the components by domain label."""
     seq_len: PositiveInt = 256
     """Positions per sequence, in tokens."""
@@ -105,65 +98,6 @@ class AttentionConfig(Strict):
     """Key and value heads; divides model.heads. null: as many as model.heads (multi-head attention)."""
     rope_theta: PositiveFloat = 10_000.0
     """Base of the rotary frequencies."""
-
-
-class TopKRouterConfig(Strict):
-    """softmax, then the K largest (Switch, OLMoE; Mixtral and GShard when the selected weights are normalised)."""
-
-    kind: Literal["topk"] = "topk"
-    """Kind of router."""
-    normalize: Literal["none", "selected"] = "selected"
-    """selected: the K weights of a token sum to one (with top_k=1 the router then gets no gradient: refused)."""
-    scale: PositiveFloat = 1.0
-    """Multiplies the weights (routed scaling factor, DeepSeek-V2). With K, K chosen experts add up like one dense layer
-    of their joint width; with 1 they are averaged."""
-
-
-class AuxLossConfig(Strict):
-    """Load-balance loss E·Σ f·P (Switch eq. 4), 1.0 when balanced, per layer."""
-
-    coef: NonNegativeFloat = 0.01
-    """Weight relative to the cross-entropy per token."""
-    scope: Literal["global", "sequence"] = "global"
-    """Tokens over which the load fraction f is counted: the whole optimizer step, or each sequence alone."""
-
-
-class ZLossConfig(Strict):
-    """Router z-loss: mean of logsumexp(logits)² (ST-MoE eq. 5)."""
-
-    coef: NonNegativeFloat = 0.001
-    """Weight relative to the cross-entropy per token."""
-
-
-class BalanceConfig(Strict):
-    """Losses that keep the experts' load even; null switches one off."""
-
-    aux: AuxLossConfig | None = AuxLossConfig()
-    """Load-balance loss."""
-    z_loss: ZLossConfig | None = ZLossConfig()
-    """Router z-loss."""
-
-
-class DroplessConfig(Strict):
-    """No capacity limit: every assignment is computed."""
-
-    kind: Literal["dropless"] = "dropless"
-    """Kind of capacity rule."""
-
-
-class FactorCapacityConfig(Strict):
-    """At most ceil(factor · S · K / E) assignments per expert and sequence; the earliest positions are kept."""
-
-    kind: Literal["factor"] = "factor"
-    """Kind of capacity rule."""
-    factor: PositiveFloat = 1.25
-    """Capacity in training relative to a balanced load."""
-    eval_factor: PositiveFloat | None = None
-    """The same in evaluation; null: no limit, as at inference."""
-
-
-RouterConfig = TopKRouterConfig
-CapacityConfig = Annotated[DroplessConfig | FactorCapacityConfig, Field(discriminator="kind")]
 
 
 class FFNConfig(Strict):

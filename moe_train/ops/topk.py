@@ -10,9 +10,11 @@ def top_k(scores_TE: Tensor, k: int) -> Tensor:
     """Return the indices [T, k] of the k largest scores of each row, best first; among equals the lowest index wins.
 
     `torch.topk` promises no order among equals, and CPU and GPU differ: a router whose weights are still equal would
-    send tokens elsewhere on each device. `argmax` does promise the first maximum. Not differentiable.
+    send tokens elsewhere on each device. `argmax` does promise the first maximum. No index comes twice: when fewer than
+    k scores of a row are above -inf, the others follow by index. Not differentiable.
     """
-    remaining_TE = scores_TE.detach().clone()
+    # What is taken becomes -inf, and must be less than what never was on offer.
+    remaining_TE = scores_TE.detach().clamp(min=torch.finfo(scores_TE.dtype).min)
     chosen = []
     for _ in range(k):
         best_T1 = remaining_TE.argmax(dim=1, keepdim=True)

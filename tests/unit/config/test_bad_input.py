@@ -15,14 +15,20 @@ MISTAKES = {
     "key without its section": ("seed=5", "seed", "did you mean run.seed?"),
     "unknown key with a plus": ("+typo=1", "typo", "is not a key of the configuration"),
     "typo in a preset": ("model=sparse_tny", "model", "choose one of dense_tiny, glam_tiny, sparse_tiny"),
-    "typo in a nested group": ("model/ffn/router=tpk", "model/ffn/router", "choose one of switch, topk"),
+    "typo in a nested group": ("model/ffn/router=tpk", "model/ffn/router", "(did you mean topk?)"),
+    "typo in a list of options": ("model/ffn/balance=[aux,zloss]", "model/ffn/balance", "(did you mean z_loss?)"),
+    "unknown option in a list": ("model/ffn/balance=[nope]", "model/ffn/balance", "as model/ffn/balance=[A,B]"),
+    "list where one is chosen": ("model/ffn/router=[topk,switch]", "model/ffn/router", "takes one option, not a list"),
+    "list of one where one is chosen": ("model=[sparse_tiny]", "model", "takes one option, not a list"),
+    "no option": ("model/ffn/balance=null", "model/ffn/balance", "must be a string or a list"),
     "unknown experiment": ("experiment=nope", "experiment", "Could not find 'experiment/nope'"),
     # unknown values, wrong types
-    "unknown kind of router": ("model.ffn.router.kind=hash", "model.ffn.router.kind", "must be one of 'topk'"),
+    "unknown kind of router": ("model.ffn.router.kind=magic", "model.ffn.router.kind", "must be one of 'topk'"),
     "typo in a kind": ("model.ffn.capacity.kind=facter", "model.ffn.capacity.kind", "did you mean factor?"),
     "unknown precision": ("train.precision=fp16", "train.precision", "must be one of 'bf16', 'fp32' or 'fp64'"),
     "word for a number": ("train.steps=ten", "train.steps", "should be a valid integer"),
     "fraction of a step": ("train.steps=1.5", "train.steps", "should be a valid integer"),
+    "value for a balance loss": ("model.ffn.balance.aux=0.01", "model.ffn.balance.aux", "is a section, not a value"),
     "truth for a number": ("train.steps=True", "train.steps", "should be a valid integer"),
     "null for a number": ("train.steps=null", "train.steps", "should be a valid integer"),
     "word for a truth": ("model.tie_embeddings=maybe", "model.tie_embeddings", "should be a valid boolean"),
@@ -58,6 +64,8 @@ MISTAKES = {
     "mix without parts": ("data.source=mix", "data.parts", "a mix needs at least one part"),
     # syntax
     "sweep without -m": ("train.steps=1,2", "train.steps", "Ambiguous value"),
+    "list without brackets": ("model/ffn/balance=aux,z_loss", "model/ffn/balance", "write a list as KEY=[A,B]"),
+    "several of one": ("model/ffn/router=topk,hash", "model/ffn/router", "add -m for one run per value"),
     "open bracket": ("optim.betas=[0.9", "optim.betas", "quote values with special characters"),
     "key without a value": ("train.steps", "train.steps", "write it as KEY=VALUE"),
     "value without a key": ("=5", "", "write it as KEY=VALUE"),
@@ -90,9 +98,10 @@ def test_one_mistake(override: str, key: str, message: str) -> None:
 def test_all_mistakes_at_once() -> None:
     problems = problems_of(
         "train.global_batch=0", "model.ffn.topk=2", "model.heads=7", "model/ffn/router=tpk", "run.name=a/b",
-        "optim.betas=[0.9", "data=text",
+        "optim.betas=[0.9", "data=text", "model/ffn/capacity=[pad]", "model/ffn/balance=[aux,zloss]",
     )  # fmt: skip
-    expected = {"train.global_batch", "model.ffn.topk", "model.heads", "model.attention.kv_heads", "model/ffn/router",
+    expected = {"model/ffn/capacity", "model/ffn/balance",
+                "train.global_batch", "model.ffn.topk", "model.heads", "model.attention.kv_heads", "model/ffn/router",
                 "run.name", "optim.betas", "data.path"}  # fmt: skip
     assert {problem.key for problem in problems} == expected
     assert len(problems) == len(expected), "each once"
@@ -122,6 +131,23 @@ def test_a_field_of_the_kind_that_was_just_replaced() -> None:
     assert [str(p) for p in problems] == [
         "model.ffn.capacity.factor=2.0: does not apply to kind=dropless; choose the kind that has it, or leave it out"
     ]
+
+
+def test_a_field_of_a_router_that_was_just_replaced() -> None:
+    problems = problems_of("model/ffn/router=noisy_topk", "model.ffn.router.normalize=none")
+    assert [problem.key for problem in problems] == ["model.ffn.router.normalize"]
+    assert "does not apply to kind=noisy_topk" in str(problems[0])
+
+
+def test_a_choice_that_the_preset_does_not_have() -> None:
+    problems = problems_of("model=dense_tiny", "model/ffn/balance=[aux]")
+    assert [str(problem) for problem in problems] == [
+        "model/ffn/balance: the chosen preset has no such choice; choose another, or write +model/ffn/balance=..."
+    ]
+
+
+def test_a_sweep_over_a_group_of_single_options_is_not_told_to_write_a_list() -> None:
+    assert "[A,B]" not in str(problems_of("model/ffn/router=topk,hash")[0])
 
 
 def test_a_message_holds_no_trace_of_hydra() -> None:

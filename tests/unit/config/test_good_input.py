@@ -4,8 +4,23 @@ import pytest
 from pydantic import ValidationError
 
 from moe_train.config.compose import compose_config, defaults_of
+from moe_train.config.routing import (
+    AuxLossConfig,
+    BalanceConfig,
+    DeviceCapacityConfig,
+    DroplessConfig,
+    FactorCapacityConfig,
+    GShardRouterConfig,
+    HashRouterConfig,
+    LossFreeConfig,
+    NoisyTopKRouterConfig,
+    SigmoidRouterConfig,
+    SwitchRouterConfig,
+    TopKRouterConfig,
+    ZLossConfig,
+)
 from moe_train.config.rules import train_problems
-from moe_train.config.schema import DroplessConfig, FactorCapacityConfig, TrainConfig
+from moe_train.config.schema import TrainConfig
 from moe_train.config.validate import validate
 
 
@@ -41,17 +56,81 @@ def test_a_kind_may_be_chosen_with_its_fields() -> None:
     assert config.model.ffn.capacity == FactorCapacityConfig(factor=2.0)
 
 
+def test_a_kind_starts_from_its_own_defaults_however_it_is_chosen() -> None:
+    """The preset's router has jitter 0, that of Switch 0.01: what one kind leaves unsaid is not a value of another."""
+    by_key = compose("model.ffn.top_k=1", "model.ffn.router.kind=switch")
+    by_option = compose("model.ffn.top_k=1", "model/ffn/router=switch")
+    assert by_key.model.ffn.router == by_option.model.ffn.router == SwitchRouterConfig(scale=2.0)
+    assert compose("model=switch_tiny", "model/ffn/capacity=device").model.ffn.capacity == DeviceCapacityConfig()
+
+
+def test_what_the_preset_says_for_all_kinds_stays() -> None:
+    """scale is a field of every router: two experts still add up."""
+    assert compose("model/ffn/router=sigmoid").model.ffn.router == SigmoidRouterConfig(scale=2.0)
+    config = compose("model/ffn/router=hash", "model/ffn/balance=none")
+    assert config.model.ffn.router == HashRouterConfig(scale=2.0)
+
+
 def test_a_nested_group_replaces_that_of_the_preset() -> None:
     config = compose("model=switch_tiny", "model/ffn/capacity=dropless", "model/ffn/balance=sequence")
     assert config.model.ffn.capacity == DroplessConfig()
-    assert config.model.ffn.balance.aux is not None
-    assert config.model.ffn.balance.aux.scope == "sequence"
+    assert config.model.ffn.balance == BalanceConfig(aux=AuxLossConfig(scope="sequence"))
     assert config.model.ffn.top_k == 1, "the rest of the preset stays"
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("[]", BalanceConfig()),
+        ("none", BalanceConfig()),
+        ("z_loss", BalanceConfig(z_loss=ZLossConfig())),
+        ("[z_loss]", BalanceConfig(z_loss=ZLossConfig())),
+        ("[aux,z_loss]", BalanceConfig(aux=AuxLossConfig(), z_loss=ZLossConfig())),
+        ("[z_loss,micro]", BalanceConfig(aux=AuxLossConfig(scope="micro"), z_loss=ZLossConfig())),
+        ("[loss_free,sequence]", BalanceConfig(aux=AuxLossConfig(scope="sequence"), loss_free=LossFreeConfig())),
+    ],
+)
+@pytest.mark.parametrize("preset", ["sparse_tiny", "switch_tiny"])
+def test_any_list_of_balance_methods(preset: str, value: str, expected: BalanceConfig) -> None:
+    assert compose(f"model={preset}", f"model/ffn/balance={value}").model.ffn.balance == expected
+
+
+def test_a_list_of_balance_methods_with_a_field() -> None:
+    config = compose("model/ffn/balance=[aux,z_loss]", "model.ffn.balance.z_loss.coef=0.5")
+    assert config.model.ffn.balance == BalanceConfig(aux=AuxLossConfig(), z_loss=ZLossConfig(coef=0.5))
+
+
+def test_a_field_switches_its_balance_method_on() -> None:
+    config = compose("model/ffn/balance=none", "model.ffn.balance.aux.coef=0.5")
+    assert config.model.ffn.balance == BalanceConfig(aux=AuxLossConfig(coef=0.5))
+
+
+def test_all_balance_methods_together() -> None:
+    config = compose(
+        "model/ffn/router=noisy_topk", "model/ffn/balance=[aux,importance_load,z_loss,device,communication]"
+    )
+    on = [name for name in BalanceConfig.model_fields if getattr(config.model.ffn.balance, name) is not None]
+    assert on == ["aux", "importance_load", "z_loss", "device", "communication"]
+    assert isinstance(config.model.ffn.router, NoisyTopKRouterConfig)
+
+
+def test_a_dense_preset_may_be_given_routing() -> None:
+    config = compose("model=dense_tiny", "model.ffn.num_experts=4", "+model/ffn/balance=[aux]")
+    assert config.model.ffn.balance == BalanceConfig(aux=AuxLossConfig())
+
+
+def test_presets_route_as_their_papers_do() -> None:
+    both = BalanceConfig(aux=AuxLossConfig(), z_loss=ZLossConfig())
+    routing = {name: compose(f"model={name}").model.ffn for name in ("sparse_tiny", "switch_tiny", "glam_tiny")}
+    assert [ffn.balance for ffn in routing.values()] == [both] * 3
+    assert routing["sparse_tiny"].router == TopKRouterConfig(scale=2.0)
+    assert routing["switch_tiny"].router == SwitchRouterConfig()
+    assert routing["glam_tiny"].router == GShardRouterConfig()
+    assert routing["switch_tiny"].capacity == FactorCapacityConfig(factor=1.25)
+
+
 def test_a_loss_is_switched_off_with_null() -> None:
-    assert compose("model/ffn/balance=none").model.ffn.balance.aux is None
-    assert compose("model.ffn.balance.z_loss=null").model.ffn.balance.z_loss is None
+    assert compose("model.ffn.balance.z_loss=null").model.ffn.balance == BalanceConfig(aux=AuxLossConfig())
 
 
 def test_plus_signs_of_hydra_users_are_accepted() -> None:

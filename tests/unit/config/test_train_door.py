@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moe_train.config.compose import defaults_of
+from moe_train.config.compose import compose_config
 from moe_train.config.groups import config_dir
+from moe_train.config.routing import TopKRouterConfig
+from moe_train.config.rules import train_problems
 from moe_train.config.schema import TrainConfig
 
 REPOSITORY = config_dir().parent
@@ -82,23 +84,40 @@ def test_only_the_first_rank_speaks(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
-def test_cfg_job_prints_every_key(tmp_path: Path) -> None:
-    done = train("--cfg", "job", "model=dense_tiny", folder=tmp_path)
-    assert done.returncode == 0
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=dense_tiny"],
+        ["model=switch_tiny", "model/ffn/balance=[loss_free,z_loss]", "model.ffn.balance.z_loss.coef=0.5"],
+        ["model.ffn.router.kind=group_limited", "model.ffn.router.groups=2", "model/ffn/capacity=device"],
+    ],
+)
+def test_cfg_job_prints_what_the_run_would_use(overrides: list[str], tmp_path: Path) -> None:
+    """Every key, those of chosen kinds and methods too, and none that a preset set for another kind."""
+    done = train("--cfg", "job", *overrides, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     printed = yaml.safe_load(done.stdout)
-
-    def keys(mapping: dict[str, object], prefix: str = "") -> set[str]:
-        inner = [keys(v, f"{prefix}{k}.") for k, v in mapping.items() if isinstance(v, dict)]
-        return {f"{prefix}{k}" for k in mapping}.union(*inner)
-
-    assert keys(printed) == keys(defaults_of(TrainConfig))
+    used = compose_config("train", TrainConfig, train_problems, overrides).model_dump(mode="json")
+    used["run"]["dir"] = "runs/${run.name}"  # Hydra shows interpolations as they are written
+    assert printed == used
     assert list(tmp_path.iterdir()) == []
+
+
+def test_cfg_job_shows_a_wrong_configuration_too(tmp_path: Path) -> None:
+    done = train("--cfg", "job", "model.ffn.topk=2", folder=tmp_path)
+    assert done.returncode == 0
+    assert yaml.safe_load(done.stdout)["model"]["ffn"]["topk"] == 2
+
+
+def test_a_package_of_the_configuration_is_shown(tmp_path: Path) -> None:
+    done = train("--cfg", "job", "-p", "model.ffn.router", folder=tmp_path)
+    assert yaml.safe_load(done.stdout) == TopKRouterConfig(scale=2.0).model_dump()
 
 
 def test_help_shows_groups_and_keys(tmp_path: Path) -> None:
     done = train("--help", folder=tmp_path)
     assert done.returncode == 0
-    for shown in ("sparse_tiny", "shakespeare", "global_batch"):
+    for shown in ("sparse_tiny", "shakespeare", "global_batch", "expert_choice", "loss_free", "expert_dropout"):
         assert shown in done.stdout
 
 
@@ -112,6 +131,13 @@ def test_a_sweep_gives_each_job_a_name_of_its_own(tmp_path: Path) -> None:
     assert all("steps" not in name for name in names), "only what was swept"
     assert {job[5] for job in jobs} == {f"runs/{name}" for name in names}
     assert {path.name for path in tmp_path.iterdir()} == {"echo.py"}, "a sweep leaves no file of its own"
+
+
+def test_a_sweep_over_lists_of_balance_methods(tmp_path: Path) -> None:
+    done = echo("-m", "model/ffn/balance=[aux],[aux,z_loss],none", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    jobs = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("ran ")]
+    assert len(set(jobs)) == 3
 
 
 def test_a_given_name_stays_in_a_sweep(tmp_path: Path) -> None:

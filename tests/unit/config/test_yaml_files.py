@@ -1,5 +1,6 @@
 """Every YAML file composes, says something of its own, and repeats no default; every field is documented."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from moe_train.config import schema
-from moe_train.config.compose import compose_config, defaults_of
-from moe_train.config.groups import config_dir
+from moe_train.config import routing, schema
+from moe_train.config.base import Strict
+from moe_train.config.compose import compose_config
+from moe_train.config.groups import config_dir, options_of
 from moe_train.config.schema import (
     EvaluateConfig,
     GenerateConfig,
@@ -36,6 +38,7 @@ SIZES = {"num_experts", "top_k", "expert_dim", "hidden_dim"}
 """Sizes are what a preset is: another default must not make it another model."""
 
 
+@functools.cache
 def compose(name: str, *overrides: str) -> BaseModel:
     model, required = PRIMARY[name]
     return compose_config(name, model, lambda config: [], [*required, *overrides])
@@ -74,8 +77,23 @@ def test_every_option_composes_and_takes_effect(path: Path) -> None:
         found: Any = config
         for part in key:
             found = found[part]
-        if not isinstance(value, str) or "${" not in value:
+        if value == {}:
+            assert isinstance(found, dict), f"{'.'.join(key)} is switched on"
+        elif not isinstance(value, str) or "${" not in value:
             assert found == value, ".".join(key)
+
+
+def test_every_kind_has_an_option_and_every_balance_method_too() -> None:
+    for group, field in (("router", "router"), ("capacity", "capacity")):
+        kinds = variants_of(schema.FFNConfig.model_fields[field])
+        assert kinds.keys() <= set(options_of(f"model/ffn/{group}"))
+    assert routing.BalanceConfig.model_fields.keys() <= {*options_of("model/ffn/balance")}
+
+
+@pytest.mark.parametrize("name", options_of("model/ffn/balance"))
+def test_a_balance_option_switches_on_one_method_or_none(name: str) -> None:
+    config = compose("train", f"model/ffn/balance=[{name}]").model_dump()["model"]["ffn"]["balance"]
+    assert sum(section is not None for section in config.values()) == (name != "none")
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -85,15 +103,29 @@ def test_every_file_begins_with_what_it_is(path: Path) -> None:
     assert comments, "the first line says what the file is"
 
 
+def default_of(section: BaseModel, key: tuple[str, ...]) -> Any:
+    """The default of a key in the sections that were chosen, or a value that equals none."""
+    for part in key[:-1]:
+        section = getattr(section, part, None)
+    return type(section).model_fields[key[-1]].default if isinstance(section, BaseModel) else object()
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_no_file_repeats_a_default(path: Path) -> None:
-    defaults = dict(leaves(defaults_of(PRIMARY[path.stem if len(path.parts) == 1 else "train"][0])))
+    is_primary = len(path.parts) == 1
+    option = [] if is_primary else [f"{path.parent.as_posix()}={path.stem}"]
+    config = compose(path.stem if is_primary else "train", *option)
     allowed = SELECTORS | (SIZES if path.parent == Path("model") else set())
-    repeated = [key for key, value in stated(path) if key in defaults and defaults[key] == value]
+    repeated = [key for key, value in stated(path) if default_of(config, key) == value]
     assert [".".join(key) for key in repeated if key[-1] not in allowed] == []
 
 
-SECTIONS = [value for value in vars(schema).values() if isinstance(value, type) and issubclass(value, schema.Strict)]
+SECTIONS = [
+    value
+    for module in (schema, routing)
+    for value in vars(module).values()
+    if isinstance(value, type) and issubclass(value, Strict) and value.__module__ == module.__name__
+]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)

@@ -1,0 +1,304 @@
+"""The keys of routing: how tokens choose experts, how load is kept even, how much an expert takes.
+
+Each router and each capacity rule is a section of its own, chosen by ``kind``; balance losses are sections beside each
+other, of which any number is switched on.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from moe_train.config.base import Fraction, Strict
+
+
+class LearnedRouterConfig(Strict):
+    """What all routers with weights have in common."""
+
+    scale: PositiveFloat = 1.0
+    """Multiplies the weights (routed scaling factor, DeepSeek-V2). With K, K chosen experts add up like one dense layer
+    of their joint width; with 1 they are averaged."""
+    jitter: Fraction = 0.0
+    """In training the router's input, not the experts', is multiplied by U[1 - jitter, 1 + jitter] (Switch, 2.4)."""
+    expert_dropout: Fraction = 0.0
+    """Chance that an expert is not offered to a token in training; it affects the choice, not the weights. Where fewer
+    than K are offered, the others follow by index, even those outside a token's groups."""
+
+
+class TopKRouterConfig(LearnedRouterConfig):
+    """softmax, then the K largest (OLMoE, DeepSeekMoE, Qwen; with normalised weights Mixtral and Qwen3)."""
+
+    kind: Literal["topk"] = "topk"
+    """Kind of router."""
+    normalize: Literal["none", "selected"] = "selected"
+    """selected: the K weights of a token sum to one (with top_k=1 the router then gets no gradient: refused)."""
+
+
+class TopKSoftmaxRouterConfig(LearnedRouterConfig):
+    """The K largest, then a softmax over these (Mixtral, gpt-oss)."""
+
+    kind: Literal["topk_softmax"] = "topk_softmax"
+    """Kind of router."""
+
+
+class SigmoidRouterConfig(LearnedRouterConfig):
+    """sigmoid per expert, then the K largest: experts do not compete for a token's weight (sigma-MoE, DeepSeek-V3)."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+    """Kind of router."""
+    normalize: Literal["none", "selected"] = "selected"
+    """selected: the K weights of a token sum to one (with top_k=1 the router then gets no gradient: refused)."""
+
+
+class NoisyTopKRouterConfig(LearnedRouterConfig):
+    """The K largest after adding learned noise, then a softmax over these (Shazeer et al. 2017, eq. 3 to 5)."""
+
+    kind: Literal["noisy_topk"] = "noisy_topk"
+    """Kind of router."""
+
+
+class SwitchRouterConfig(LearnedRouterConfig):
+    """softmax, then the largest, its probability as weight (Switch Transformer); needs top_k=1."""
+
+    kind: Literal["switch"] = "switch"
+    """Kind of router."""
+    jitter: Fraction = 0.01
+    """In training the router's input, not the experts', is multiplied by U[1 - jitter, 1 + jitter] (Switch, 2.4)."""
+    init_scale: PositiveFloat = 0.1
+    """Initial weights: truncated normal with standard deviation sqrt(init_scale / model.dim) (Switch, 2.4)."""
+
+
+class GShardRouterConfig(LearnedRouterConfig):
+    """Top-2 with normalised weights; the load-balance loss counts first choices (GShard); needs top_k=2."""
+
+    kind: Literal["gshard"] = "gshard"
+    """Kind of router."""
+    second: Literal["greedy", "sampled"] = "greedy"
+    """Second expert: the next best, or in training drawn with its probability among the others."""
+    dispatch_threshold: PositiveFloat | None = None
+    """In training the second choice is made with probability min(1, weight / threshold), GShard: 0.5; null: always."""
+
+
+class GroupLimitedRouterConfig(LearnedRouterConfig):
+    """Top-K among the experts of the best groups: DeepSeek-V3 by default, V2 with softmax, max and no normalisation."""
+
+    kind: Literal["group_limited"] = "group_limited"
+    """Kind of router."""
+    scores: Literal["softmax", "sigmoid"] = "sigmoid"
+    """How logits become scores."""
+    groups: PositiveInt = 4
+    """Groups of consecutive experts, mapped to nodes or ranks; divides num_experts."""
+    top_groups: PositiveInt = 2
+    """Groups in which a token may choose experts: bounds the ranks that it travels to."""
+    group_score: Literal["max", "top2"] = "top2"
+    """Score of a group: its best expert's (V2), or the sum of its two best (V3)."""
+    normalize: Literal["none", "selected"] = "selected"
+    """selected: the K weights of a token sum to one, before scale."""
+
+
+class ExpertChoiceRouterConfig(LearnedRouterConfig):
+    """Each expert takes its best S · top_k / E tokens of a sequence (Zhou et al. 2022).
+
+    The load is even, but later tokens decide whether an earlier one is taken.
+    """
+
+    kind: Literal["expert_choice"] = "expert_choice"
+    """Kind of router."""
+    allow_future_leak: bool = False
+    """Must be true for a causal language model, whose held-out loss is then too good."""
+
+
+class HashRouterConfig(Strict):
+    """Experts by token id, from a fixed random table (Hash layers, Roller et al. 2021): nothing is learnt."""
+
+    kind: Literal["hash"] = "hash"
+    """Kind of router."""
+    scale: PositiveFloat = 1.0
+    """Multiplies the weights, which are 1 / top_k."""
+
+
+class SinkhornRouterConfig(LearnedRouterConfig):
+    """Top-K after Sinkhorn's balancing of all ranks' tokens in training, plain top-K in evaluation (S-BASE)."""
+
+    kind: Literal["sinkhorn"] = "sinkhorn"
+    """Kind of router."""
+    tolerance: PositiveFloat = 1e-4
+    """The iteration stops when the mean change of the experts' multipliers falls below this."""
+    max_iterations: PositiveInt = 100
+    """It stops at the latest after so many rounds, each one collective."""
+
+
+class BaseRouterConfig(LearnedRouterConfig):
+    """The best assignment that gives every expert equally many of all ranks' tokens (BASE, Lewis et al. 2021).
+
+    Greedy in evaluation; needs top_k=1.
+    """
+
+    kind: Literal["base"] = "base"
+    """Kind of router."""
+
+
+class HierarchicalRouterConfig(LearnedRouterConfig):
+    """Groups first, then experts inside; the product of both weights (Shazeer et al. 2017, appendix B)."""
+
+    kind: Literal["hierarchical"] = "hierarchical"
+    """Kind of router."""
+    groups: PositiveInt = 2
+    """Groups of consecutive experts, mapped to nodes or ranks; divides num_experts."""
+    top_groups: PositiveInt = 1
+    """Groups that a token visits; divides top_k, and top_k / top_groups experts are taken in each."""
+
+
+RouterConfig: TypeAlias = Annotated[
+    TopKRouterConfig
+    | TopKSoftmaxRouterConfig
+    | SigmoidRouterConfig
+    | NoisyTopKRouterConfig
+    | SwitchRouterConfig
+    | GShardRouterConfig
+    | GroupLimitedRouterConfig
+    | ExpertChoiceRouterConfig
+    | HashRouterConfig
+    | SinkhornRouterConfig
+    | BaseRouterConfig
+    | HierarchicalRouterConfig,
+    Field(discriminator="kind"),
+]
+
+Scope: TypeAlias = Literal["global", "sequence", "micro"]
+
+
+class AuxLossConfig(Strict):
+    """Load-balance loss E·Σ f·P (Switch eq. 4), 1.0 when balanced, per layer."""
+
+    coef: NonNegativeFloat = 0.01
+    """Weight relative to the cross-entropy per token."""
+    scope: Scope = "global"
+    """Tokens over which the load fraction f is counted: the whole optimizer step, each sequence alone, or one rank's
+    micro-batch (which depends on the layout)."""
+
+
+class ImportanceLoadConfig(Strict):
+    """Squared coefficients of variation of the experts' summed weights and of their expected load.
+
+    Shazeer et al. 2017, eq. 6 to 11, over the whole optimizer step.
+    """
+
+    importance_coef: NonNegativeFloat = 0.1
+    """Weight of CV(importance)²."""
+    load_coef: NonNegativeFloat = 0.1
+    """Weight of CV(load)²; needs the noise of router=noisy_topk, without which a load has no gradient."""
+
+
+class ZLossConfig(Strict):
+    """Router z-loss: mean of logsumexp(logits)² (ST-MoE eq. 5)."""
+
+    coef: NonNegativeFloat = 0.001
+    """Weight relative to the cross-entropy per token."""
+
+
+class DeviceLossConfig(Strict):
+    """Load-balance loss over groups of experts instead of experts (DeepSeek-V2, eq. 26 to 28)."""
+
+    coef: NonNegativeFloat = 0.05
+    """Weight relative to the cross-entropy per token."""
+    devices: PositiveInt = 4
+    """Groups D of consecutive experts, a number of its own so that the loss does not depend on parallel.ep."""
+    scope: Scope = "sequence"
+    """Tokens over which the load is counted."""
+
+
+class CommunicationLossConfig(Strict):
+    """Evens out how many tokens each device receives (DeepSeek-V2, eq. 29 to 31)."""
+
+    coef: NonNegativeFloat = 0.02
+    """Weight relative to the cross-entropy per token."""
+    devices: PositiveInt = 4
+    """Groups D of consecutive experts, a number of its own so that the loss does not depend on parallel.ep."""
+    scope: Scope = "sequence"
+    """Tokens over which visits are counted."""
+
+
+class LossFreeConfig(Strict):
+    """A bias per expert that only the choice sees, moved against the load after each optimizer step.
+
+    DeepSeek-V3; arXiv 2408.15664, algorithm 1.
+    """
+
+    rate: PositiveFloat = 0.001
+    """How far the bias moves per optimizer step."""
+    update: Literal["sign", "error"] = "sign"
+    """By the sign of (mean load - load), or by its size relative to the mean load (softmax scores need that)."""
+
+
+class BalanceConfig(Strict):
+    """Means that keep the experts' load even, any number of them; null switches one off."""
+
+    aux: AuxLossConfig | None = None
+    """Load-balance loss."""
+    importance_load: ImportanceLoadConfig | None = None
+    """Losses on the variation of importance and load."""
+    z_loss: ZLossConfig | None = None
+    """Router z-loss."""
+    device: DeviceLossConfig | None = None
+    """Load-balance loss over devices."""
+    communication: CommunicationLossConfig | None = None
+    """Balance of what devices receive."""
+    loss_free: LossFreeConfig | None = None
+    """Bias on the choice."""
+
+
+class DroplessConfig(Strict):
+    """No capacity limit: every assignment is computed."""
+
+    kind: Literal["dropless"] = "dropless"
+    """Kind of capacity rule."""
+
+
+class FactorCapacityConfig(Strict):
+    """At most max(minimum, ceil(factor · n · K / E)) assignments per expert, n the valid tokens of the scope."""
+
+    kind: Literal["factor"] = "factor"
+    """Kind of capacity rule."""
+    factor: PositiveFloat = 1.25
+    """Capacity in training relative to a balanced load."""
+    eval_factor: PositiveFloat | None = None
+    """The same in evaluation; null: no limit, as at inference."""
+    minimum: PositiveInt = 1
+    """Least capacity, in assignments."""
+    scope: Literal["sequence", "global", "rank"] = "sequence"
+    """Tokens that compete: one sequence, all ranks' micro-batch, or one rank's (which depends on the layout)."""
+    policy: Literal["position", "probability", "random"] = "position"
+    """Who is kept: the earliest, the largest weights, or a draw by the token's place in the global batch."""
+    order: Literal["token", "choice"] = "token"
+    """choice: the first choices of all tokens before any second choice (GShard)."""
+    reroute: bool = False
+    """What finds no room goes to its token's next-best expert with room, with that expert's weight."""
+    renormalize: Literal["before", "after"] = "before"
+    """before: weights stay as before dropping; after: a token's kept weights are scaled up to the sum of all."""
+    pad: bool = False
+    """Experts get buffers of fixed size, filled up with zeros: no counts are exchanged and nothing waits for them."""
+
+
+class DeviceCapacityConfig(Strict):
+    """A budget per device, ceil(factor · n · K / D); the smallest weights are dropped (DeepSeek-V2, 2.2.4).
+
+    No limit in evaluation.
+    """
+
+    kind: Literal["device"] = "device"
+    """Kind of capacity rule."""
+    factor: PositiveFloat = 1.0
+    """Budget relative to a balanced load."""
+    devices: PositiveInt = 4
+    """Groups D of consecutive experts, a number of its own so that drops do not depend on parallel.ep."""
+    exempt_fraction: Fraction = 0.1
+    """Share of the sequences of which nothing is dropped; drawn by their place in the global batch."""
+    scope: Literal["sequence", "global", "rank"] = "sequence"
+    """Tokens that compete: one sequence, all ranks' micro-batch, or one rank's (which depends on the layout)."""
+
+
+CapacityConfig: TypeAlias = Annotated[
+    DroplessConfig | FactorCapacityConfig | DeviceCapacityConfig, Field(discriminator="kind")
+]
