@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from moe_train.checkpoint.files import sha256_of
-from moe_train.config.schema import Strict
+from moe_train.config.base import Strict
 from moe_train.errors import CheckpointError, Problem
 
 MANIFEST = "manifest.json"

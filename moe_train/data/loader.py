@@ -24,10 +24,12 @@ class Batch:
     Attributes:
         tokens_BS: int64, the inputs.
         labels_BS: int64, the token after each input; IGNORE at padding.
+        first_sequence: place of its first sequence in the global batch of the step; the others follow.
     """
 
     tokens_BS: Tensor
     labels_BS: Tensor
+    first_sequence: int
 
 
 class TrainLoader:
@@ -133,12 +135,13 @@ class TrainLoader:
         for epoch in np.unique(numbers_MB // self.num_samples):
             here = numbers_MB // self.num_samples == epoch
             samples_MB[here] = permute(numbers_MB[here] % self.num_samples, self.num_samples, self.seed, int(epoch))
-        return [self._read_batch(samples_B) for samples_B in samples_MB]
+        firsts = self._own_MB[:, 0].tolist()
+        return [self._read_batch(samples_B, first) for samples_B, first in zip(samples_MB, firsts, strict=True)]
 
-    def _read_batch(self, samples_B: np.ndarray) -> Batch:
+    def _read_batch(self, samples_B: np.ndarray, first_sequence: int) -> Batch:
         windows = [self.store.window(int(sample) * self.seq_len, self.seq_len + 1) for sample in samples_B]
         tokens = torch.from_numpy(np.stack(windows))
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), first_sequence)
 
 
 def heldout_batches(
@@ -181,4 +184,4 @@ def _padded_batch(store: TokenStore, seq_len: int, first_window: int, batch: int
             window = torch.from_numpy(store.window(start, length + 1))
             tokens_BS[row, :length] = window[:-1]
             labels_BS[row, :length] = window[1:]
-    return Batch(tokens_BS, labels_BS)
+    return Batch(tokens_BS, labels_BS, first_window)

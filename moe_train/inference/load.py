@@ -16,6 +16,7 @@ from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World
 from moe_train.errors import ConfigError, DataError, Problem
 from moe_train.models.transformer import Transformer, build_model
+from moe_train.moe.capacity import is_padded
 from moe_train.moe.exchange import exchange_for
 from moe_train.moe.roles import Kind, roles_of
 
@@ -67,9 +68,9 @@ def load_trained(run_dir: Path, checkpoint: str, ep: int, world: World) -> Train
     mesh = build_mesh(world, ep)
     tokenizer = Tokenizer.load(run_dir / "tokenizer.json", config.tokenizer.boundary_token)
     source = open_at(run_dir if checkpoint == "latest" else Path(checkpoint).expanduser(), world, mesh)
-    exchange = exchange_for(mesh, config.model.ffn.num_experts)
+    exchange = exchange_for(mesh, config.model.ffn.num_experts, is_padded(config.model.ffn.capacity))
     model = build_model(config.model, tokenizer.vocab_size, exchange, config.train.precision, world.device)
     roles = roles_of(model)
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
     source.fill(tensors, {f"model.{name}" for name, role in roles.items() if role.kind is Kind.EXPERT})
     return Trained(config, tokenizer, model.eval(), mesh, source)

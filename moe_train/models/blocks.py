@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from moe_train.config.schema import ModelConfig
 from moe_train.moe.balance import RoutingRecord
+from moe_train.moe.context import RoutingContext
 from moe_train.moe.layer import MoELayer
 from moe_train.moe.roles import Kind, Role
 from moe_train.ops.attention import causal_attention, rotate
@@ -132,11 +133,11 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = ffn
 
-    def forward(self, x_BSD: Tensor, cos_SW: Tensor, sin_SW: Tensor, valid_BS: Tensor | None) -> BlockOutput:
-        """Apply to the residual stream [B, S, D]; valid_BS [B, S] is False for padding, None when there is none."""
+    def forward(self, x_BSD: Tensor, cos_SW: Tensor, sin_SW: Tensor, context: RoutingContext) -> BlockOutput:
+        """Apply to the residual stream [B, S, D] of the tokens that ``context`` describes."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SW, sin_SW)
         normed_BSD = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoELayer):
-            output = self.ffn(normed_BSD, valid_BS)
+            output = self.ffn(normed_BSD, context)
             return BlockOutput(x_BSD + output.y_BSD, output.record)
         return BlockOutput(x_BSD + self.ffn(normed_BSD), None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_train.config.schema import ModelConfig
+from moe_train.config.routing import HashRouterConfig, HierarchicalRouterConfig, NoisyTopKRouterConfig
+from moe_train.config.schema import FFNConfig, ModelConfig
 from moe_train.models.transformer import is_moe_layer
 
 
@@ -44,7 +45,7 @@ def count(config: ModelConfig, vocab_size: int, seq_len: int) -> Counts:
     moe_layers = sum(is_moe_layer(config.ffn, layer) for layer in range(config.layers))
     dense = 3 * config.dim * config.ffn.hidden_dim * (config.layers - moe_layers)
     expert = 3 * config.dim * config.ffn.expert_dim
-    always = (config.dim * config.ffn.num_experts + config.ffn.num_shared_experts * expert) * moe_layers
+    always = (config.dim * router_rows(config.ffn) + config.ffn.num_shared_experts * expert) * moe_layers
 
     embedding = vocab_size * config.dim
     norms = (2 * config.layers + 1) * config.dim
@@ -59,3 +60,16 @@ def count(config: ModelConfig, vocab_size: int, seq_len: int) -> Counts:
         active=used + norms + embedding + head,
         forward_flops_per_token=2 * (used + embedding) + scores,
     )
+
+
+def router_rows(ffn: FFNConfig) -> int:
+    """Return the number of vectors of width D that a router's parameters are."""
+    match ffn.router:
+        case HashRouterConfig():
+            return 0
+        case NoisyTopKRouterConfig():
+            return 2 * ffn.num_experts
+        case HierarchicalRouterConfig(groups=groups):
+            return ffn.num_experts + groups
+        case _:
+            return ffn.num_experts

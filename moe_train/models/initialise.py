@@ -12,10 +12,12 @@ from moe_train.moe.roles import Kind, Role, roles_of
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """Fill every parameter from (seed, its name, the expert's global index) alone.
+    """Fill every parameter from (seed, its name, the expert's global index) alone, and every buffer with zeros.
 
     Values are drawn in fp32 on the CPU and cast: draws of other dtypes or devices differ.
     """
+    for buffer in model.buffers():
+        buffer.zero_()
     roles = roles_of(model)
     for name, parameter in model.named_parameters():
         role = roles[name]
@@ -33,4 +35,7 @@ def draw(shape: torch.Size, role: Role, key: str) -> Tensor:
     assert role.std is not None, "ones are not drawn"
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(shape, dtype=torch.float32).normal_(0.0, role.std, generator=generator)
+    values = torch.empty(shape, dtype=torch.float32)
+    if role.truncated:
+        return nn.init.trunc_normal_(values, 0.0, role.std, -2 * role.std, 2 * role.std, generator=generator)
+    return values.normal_(0.0, role.std, generator=generator)

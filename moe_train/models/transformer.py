@@ -12,11 +12,12 @@ from moe_train.config.schema import FFNConfig, ModelConfig
 from moe_train.models.blocks import Block, Linear, RMSNorm, SwiGLU
 from moe_train.moe.balance import Balance, RoutingRecord
 from moe_train.moe.capacity import Capacity
+from moe_train.moe.context import RoutingContext
 from moe_train.moe.exchange import Exchange
 from moe_train.moe.experts import Experts
 from moe_train.moe.layer import MoELayer
 from moe_train.moe.roles import Kind, Role
-from moe_train.moe.router import TopKRouter
+from moe_train.moe.routers import build_router
 from moe_train.ops.attention import rotary_angles
 
 
@@ -59,13 +60,14 @@ class Transformer(nn.Module):
         found = ((depth, block.ffn) for depth, block in enumerate(self.blocks) if isinstance(block, Block))
         return {depth: ffn for depth, ffn in found if isinstance(ffn, MoELayer)}
 
-    def forward(self, tokens_BS: Tensor, valid_BS: Tensor | None = None) -> ModelOutput:
+    def forward(self, tokens_BS: Tensor, context: RoutingContext | None = None) -> ModelOutput:
         """Score the next token at each position.
 
         Args:
             tokens_BS: [B, S] int64.
-            valid_BS: [B, S] bool, False for padding; None when there is none. Padding visits no expert.
+            context: of the same tokens: padding, place in the global batch, draws; None: a batch of its own, all valid.
         """
+        context = context or RoutingContext.of(tokens_BS)
         angles_SW = rotary_angles(
             tokens_BS.shape[1],
             self.config.dim // self.config.heads,
@@ -76,8 +78,8 @@ class Transformer(nn.Module):
         cos_SW, sin_SW = angles_SW.cos().to(precise), angles_SW.sin().to(precise)
         x_BSD = F.embedding(tokens_BS, self.embedding_VD).to(self.dtype)
         records = []
-        for block in self.blocks:
-            output = block(x_BSD, cos_SW, sin_SW, valid_BS)
+        for depth, block in enumerate(self.blocks):
+            output = block(x_BSD, cos_SW, sin_SW, context.at_layer(depth))
             x_BSD = output.x_BSD
             if output.record is not None:
                 records.append(output.record)
@@ -137,10 +139,10 @@ def build_moe(config: ModelConfig, exchange: Exchange, out_std: float) -> MoELay
     ffn = config.ffn
     shared_dim = ffn.num_shared_experts * ffn.expert_dim
     return MoELayer(
-        router=TopKRouter(config.dim, ffn.num_experts, ffn.top_k, ffn.router, config.init_std),
+        router=build_router(ffn, config.dim, config.init_std),
         capacity=Capacity(ffn.capacity, ffn.num_experts, ffn.top_k),
         exchange=exchange,
         experts=Experts(config.dim, ffn.expert_dim, exchange.experts, config.init_std, out_std),
-        balance=Balance(ffn.balance),
+        balance=Balance(ffn),
         shared=SwiGLU(config.dim, shared_dim, config.init_std, out_std) if shared_dim else None,
     )

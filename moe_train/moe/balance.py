@@ -1,119 +1,169 @@
-"""Losses that keep the experts' load even, in a form that is exact on every layout.
+"""How a layer keeps its experts' load even, and what it tells the step about a forward pass.
 
-A layer's forward returns sums over its tokens (`RoutingRecord`); the step adds up the counts of all ranks and
-micro-batches and only then forms the loss. Counts carry no gradient, and the loss is linear in what carries one, so
-that the sum of all ranks' and micro-batches' losses is the loss of the whole batch.
+A layer's forward returns sums over its tokens (`RoutingRecord`); the step adds up what must be known of all ranks and
+micro-batches and only then forms the losses. The same sums make the figures of the records.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from moe_train.config.schema import BalanceConfig
+from moe_train.config.routing import AuxLossConfig, DeviceCapacityConfig, GroupLimitedRouterConfig, ZLossConfig
+from moe_train.config.schema import FFNConfig
 from moe_train.moe.capacity import Plan
-from moe_train.moe.router import Routing
+from moe_train.moe.context import RoutingContext
+from moe_train.moe.losses import BalanceLoss, RoutedTokens, ShareLoss, VariationLoss, ZLoss
+from moe_train.moe.routing import Routing
+
+
+@dataclass(frozen=True)
+class Balance:
+    """The balance losses of a layer, and the bias of its router.
+
+    Attributes:
+        ffn: the layer's configuration.
+    """
+
+    ffn: FFNConfig
+
+    @cached_property
+    def losses(self) -> tuple[BalanceLoss, ...]:
+        """The losses; load balance and z are always measured, with weight 0 when they are off."""
+        config, num_experts = self.ffn.balance, self.ffn.num_experts
+        aux, z = config.aux or AuxLossConfig(coef=0.0), config.z_loss or ZLossConfig(coef=0.0)
+        found: list[BalanceLoss] = [ShareLoss("aux_loss", aux.coef, aux.scope, num_experts), ZLoss(z.coef)]
+        if config.importance_load is not None:
+            found.append(VariationLoss("importance_loss", config.importance_load.importance_coef, "importance"))
+            found.append(VariationLoss("load_loss", config.importance_load.load_coef, "load"))
+        if config.device is not None:
+            found.append(ShareLoss("device_loss", config.device.coef, config.device.scope, config.device.devices))
+        if config.communication is not None:
+            coef, scope, devices = config.communication.coef, config.communication.scope, config.communication.devices
+            found.append(ShareLoss("communication_loss", coef, scope, devices, self.most_visits(devices)))
+        return tuple(found)
+
+    def most_visits(self, devices: int) -> int:
+        """Return how many of ``devices`` a token may visit: M of DeepSeek-V2, eq. 30."""
+        router = self.ffn.router
+        groups = router.top_groups if isinstance(router, GroupLimitedRouterConfig) else self.ffn.top_k
+        return min(groups, self.ffn.top_k, devices)
+
+    @property
+    def needs_totals(self) -> bool:
+        """Whether the gradient of a loss depends on statistics of the whole optimizer step."""
+        return any(loss.needs_totals and loss.coef > 0.0 for loss in self.losses)
+
+    def share(self, record: RoutingRecord, totals: tuple[Tensor, ...]) -> Tensor:
+        """Return a scalar whose gradient is this record's part of that of the weighted losses, times n.
+
+        Args:
+            record: one forward pass on this rank.
+            totals: its statistics added up over the whole step; looked at only where a loss needs them.
+        """
+        total = record.entropy_sum.new_zeros(())
+        for loss, local, whole in zip(self.losses, record.statistics, totals, strict=True):
+            if loss.coef == 0.0:
+                continue
+            total = total + loss.coef * (linearised(loss, local, whole) if loss.needs_totals else local.sum())
+        return total
+
+    def values(self, totals: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Return n times each unweighted loss, by name, from the statistics of the whole step."""
+        return {loss.name: loss.value(total) for loss, total in zip(self.losses, totals, strict=True)}
+
+    def bias_change(self, counts_E: Tensor) -> Tensor:
+        """Return what the step adds to the bias on the choice [E] (arXiv 2408.15664, algorithm 1).
+
+        An expert with less than the mean load gets more: the other sign would drive all tokens to one expert.
+
+        Args:
+            counts_E: [E] assignments of the whole optimizer step, before drops.
+        """
+        config = self.ffn.balance.loss_free
+        assert config is not None, "only loss-free balancing moves a bias"
+        mean = counts_E.to(torch.float64).mean()
+        lacking_E = mean - counts_E
+        step_E = lacking_E.sign() if config.update == "sign" else lacking_E / mean.clamp(min=1e-9)
+        return config.rate * step_E
+
+
+def linearised(loss: BalanceLoss, local: Tensor, totals: Tensor) -> Tensor:
+    """Return slope(totals) · local: a scalar with the gradient that the loss of the totals has through ``local``.
+
+    Its value has no meaning: the reported loss is formed from the totals.
+    """
+    with torch.enable_grad():
+        at = totals.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(loss.value(at), at)
+    return (slope * local).sum()
 
 
 @dataclass(frozen=True)
 class RoutingRecord:
     """What one layer's router did with the valid tokens of one forward pass; padding counts nowhere.
 
+    Every field is a sum over tokens, so that records of ranks and micro-batches add up.
+
     Attributes:
         counts_E: [E] int64, assignments per expert, before any is dropped.
-        dropped: scalar int64, assignments that were not kept.
-        probability_sum_E: [E] sum over tokens of the router's probabilities; differentiable.
-        sequence_balance_sum: scalar, sum over sequences of their own E·Σ f·P times their tokens; differentiable.
-        z_sum: scalar, sum over tokens of logsumexp(logits)²; differentiable.
-        entropy_sum: scalar, sum over tokens of the entropy of the router's probabilities, in nats.
+        dropped_capacity: scalar int64, assignments for which their expert had no room.
+        dropped_device: scalar int64, assignments beyond a device's budget.
+        dropped_router: scalar int64, choices that the router itself gave up.
+        rerouted: scalar int64, assignments that went to another expert for want of room.
+        entropy_sum: scalar fp64, summed entropy of the router's probabilities, in nats.
+        statistics: per loss of the layer's balance its fp64 vector; differentiable.
     """
 
     counts_E: Tensor
-    dropped: Tensor
-    probability_sum_E: Tensor
-    sequence_balance_sum: Tensor
-    z_sum: Tensor
+    dropped_capacity: Tensor
+    dropped_device: Tensor
+    dropped_router: Tensor
+    rerouted: Tensor
     entropy_sum: Tensor
+    statistics: tuple[Tensor, ...]
 
     @staticmethod
-    def of(routing: Routing, plan: Plan, valid_BS: Tensor | None, length: int) -> RoutingRecord:
-        """Sum up one forward pass over T = B · S tokens."""
-        num_tokens, num_experts = routing.logits_TE.shape
-        if valid_BS is None:
-            valid_T = torch.ones(num_tokens, dtype=torch.bool, device=routing.logits_TE.device)
-        else:
-            valid_T = valid_BS.flatten()
-        counts_BE = count_choices(routing.experts_TK, valid_T, length, num_experts)
-        probabilities_TE = routing.probabilities_TE * valid_T.unsqueeze(1)
-        probability_sums_BE = probabilities_TE.view(-1, length, num_experts).sum(dim=1)
-        kept = plan.kept_TK.sum()  # padding is never kept
-        log_probabilities_TE = routing.logits_TE.detach().log_softmax(dim=1)
+    def of(routing: Routing, plan: Plan, context: RoutingContext, balance: Balance) -> RoutingRecord:
+        """Sum up one forward pass."""
+        tokens = RoutedTokens(routing, context)
+        declined = tokens.chosen_TK & routing.declined_TK if routing.declined_TK is not None else None
+        given_up = tokens.assigned_E.new_zeros(()) if declined is None else declined.sum()
+        overflow = tokens.chosen_TK.sum() - given_up - plan.kept_TK.sum()  # padding is never kept
+        none = torch.zeros_like(overflow)
+        by_device = isinstance(balance.ffn.capacity, DeviceCapacityConfig)
+        probabilities_TE = routing.probabilities_TE.detach()
+        entropy_T = -torch.xlogy(probabilities_TE, probabilities_TE).sum(dim=1)
         return RoutingRecord(
-            counts_E=counts_BE.sum(dim=0),
-            dropped=counts_BE.sum() - kept,
-            probability_sum_E=probability_sums_BE.sum(dim=0),
-            sequence_balance_sum=balance_sum(counts_BE, probability_sums_BE).sum(),
-            z_sum=(routing.logits_TE.logsumexp(dim=1).square() * valid_T).sum(),
-            entropy_sum=-(probabilities_TE.detach() * log_probabilities_TE).sum(),
+            counts_E=tokens.assigned_E,
+            dropped_capacity=none if by_device else overflow,
+            dropped_device=overflow if by_device else none,
+            dropped_router=given_up,
+            rerouted=none if plan.rerouted_TK is None else plan.rerouted_TK.sum(),
+            entropy_sum=(entropy_T * context.valid_T).sum(dtype=torch.float64),
+            statistics=tuple(loss.measure(tokens) for loss in balance.losses),
         )
 
+    def tensors(self) -> list[Tensor]:
+        """Return all sums in a fixed order."""
+        sums = [getattr(self, field.name) for field in fields(self) if field.name != "statistics"]
+        return [*sums, *self.statistics]
 
-def count_choices(experts_TK: Tensor, valid_T: Tensor, length: int, num_experts: int) -> Tensor:
-    """Return [B, E] int64: how often the valid tokens of each sequence chose each expert."""
-    sequence_T = torch.arange(experts_TK.shape[0], device=experts_TK.device) // length
-    num_cells = (experts_TK.shape[0] // length) * num_experts
-    cells_TK = torch.where(valid_T.unsqueeze(1), sequence_T.unsqueeze(1) * num_experts + experts_TK, num_cells)
-    return torch.bincount(cells_TK.flatten(), minlength=num_cells + 1)[:num_cells].view(-1, num_experts)
+    @staticmethod
+    def from_tensors(tensors: Sequence[Tensor]) -> RoutingRecord:
+        """Return the record with these sums, in the order of `tensors`."""
+        names = [field.name for field in fields(RoutingRecord) if field.name != "statistics"]
+        sums = dict(zip(names, tensors[: len(names)], strict=True))
+        return RoutingRecord(**sums, statistics=tuple(tensors[len(names) :]))
 
+    def detached(self) -> RoutingRecord:
+        """Return the record without gradients."""
+        return RoutingRecord.from_tensors([tensor.detach() for tensor in self.tensors()])
 
-def balance_sum(counts_E: Tensor, probability_sum_E: Tensor) -> Tensor:
-    """Return E·Σ_e f_e·(Σ_t p_te): tokens times the load-balance loss (Switch Transformer, eq. 4 to 6, for any K).
-
-    f_e is the share of assignments, Σ f = 1, so that the loss is exactly 1.0 when probabilities are even, for every K.
-    No gradient flows through f.
-
-    Args:
-        counts_E: [..., E] assignments of all the tokens over which f is taken.
-        probability_sum_E: [..., E] sums of probabilities, possibly of only a part of these tokens.
-    """
-    num_experts = counts_E.shape[-1]
-    share_E = counts_E.to(probability_sum_E.dtype) / counts_E.sum(dim=-1, keepdim=True).clamp(min=1)
-    return num_experts * (share_E * probability_sum_E).sum(dim=-1)
-
-
-@dataclass(frozen=True)
-class Balance:
-    """The balance losses of a layer.
-
-    Attributes:
-        config: which, with their weights.
-    """
-
-    config: BalanceConfig
-
-    @property
-    def needs_global_counts(self) -> bool:
-        """Whether the loss takes the counts of the whole optimizer step."""
-        return self.config.aux is not None and self.config.aux.scope == "global"
-
-    def loss_sum(self, record: RoutingRecord, global_counts_E: Tensor) -> Tensor:
-        """Return this record's share of the weighted losses: a sum over tokens, to be divided by the global number.
-
-        Args:
-            record: the sums of one forward pass on this rank.
-            global_counts_E: [E] assignments of the whole optimizer step.
-        """
-        loss = record.z_sum.new_zeros(())
-        if self.config.aux is not None:
-            loss = loss + self.config.aux.coef * self.aux_sum(record, global_counts_E)
-        if self.config.z_loss is not None:
-            loss = loss + self.config.z_loss.coef * record.z_sum
-        return loss
-
-    def aux_sum(self, record: RoutingRecord, global_counts_E: Tensor) -> Tensor:
-        """Return tokens times the unweighted load-balance loss in the configured scope (global when there is none)."""
-        if self.config.aux is not None and self.config.aux.scope == "sequence":
-            return record.sequence_balance_sum
-        return balance_sum(global_counts_E, record.probability_sum_E)
+    def __add__(self, other: RoutingRecord) -> RoutingRecord:
+        """Return the record of both forward passes."""
+        return RoutingRecord.from_tensors([a + b for a, b in zip(self.tensors(), other.tensors(), strict=True)])

@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import assert_never
 
 import torch
 from torch import Tensor
 
-from moe_train.config.schema import CapacityConfig, DroplessConfig, FactorCapacityConfig
-from moe_train.moe.router import Routing
+from moe_train.config.routing import CapacityConfig, DeviceCapacityConfig, DroplessConfig, FactorCapacityConfig
+from moe_train.dist.peers import Alone, Peers
+from moe_train.moe.context import Purpose, RoutingContext
+from moe_train.moe.queues import Priority, Queues, places
+from moe_train.moe.reroute import reroute
+from moe_train.moe.routing import Routing
+
+WEIGHT_BITS = 31
+"""Bits of an fp32 number that is not negative; read as integers, they have the order of the numbers."""
+DRAW_BITS = 23
+"""Bits of a draw that count: those that a uniform fp32 number would keep."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Places in a buffer of fixed size in which each expert has a run of its own.
+
+    Attributes:
+        slots_TK: [T, K] int64, place of each kept assignment, E · per_expert for the others.
+        per_expert: places of each expert; the same on all ranks.
+    """
+
+    slots_TK: Tensor
+    per_expert: int
 
 
 @dataclass(frozen=True)
@@ -22,12 +43,53 @@ class Plan:
         weights_TK: [T, K] its weight, at least fp32, differentiable.
         kept_TK: [T, K] bool; what is not kept contributes nothing, and the residual stream carries the token.
         all_kept: True when kept_TK is known to be all true without looking (no limit, no padding).
+        rerouted_TK: [T, K] bool, kept by another expert than the router chose; None: nothing is rerouted.
+        device_limited: whether devices had no room for what is missing, not experts.
+        slots: places in buffers of fixed size; None: as many assignments travel as there are.
     """
 
     experts_TK: Tensor
     weights_TK: Tensor
     kept_TK: Tensor
     all_kept: bool
+    rerouted_TK: Tensor | None = None
+    device_limited: bool = False
+    slots: Slots | None = None
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Room as a function of the tokens that compete for it.
+
+    ceil(factor · n · K / E), at least the minimum and at most what n tokens can ask for: the expert capacity of GShard
+    (arXiv 2006.16668, algorithm 1) and, with devices in the place of experts, the budget of DeepSeek-V2 (arXiv
+    2405.04434, section 2.2.4).
+
+    Attributes:
+        factor: relative to a balanced load.
+        top_k: choices K per token.
+        num_destinations: experts, or devices.
+        per_token: choices of one token that can have the same destination.
+        minimum: least room, in assignments.
+    """
+
+    factor: float
+    top_k: int
+    num_destinations: int
+    per_token: int = 1
+    minimum: int = 1
+
+    def of(self, num_tokens: int) -> int:
+        """Return the room for a number n of tokens, in assignments."""
+        balanced = math.ceil(self.factor * num_tokens * self.top_k / self.num_destinations)
+        return min(num_tokens * self.per_token, max(self.minimum, balanced))
+
+    def of_each(self, tokens_G: Tensor) -> Tensor:
+        """Return the same for each of several numbers [G], int64, without waiting for the device."""
+        asked_G = tokens_G.to(torch.float64) * self.factor * self.top_k
+        # CUDA divides by a number as it multiplies by its inverse, which rounds otherwise; by a tensor it divides.
+        balanced_G = (asked_G / torch.full_like(asked_G, self.num_destinations)).ceil().to(torch.int64)
+        return torch.minimum(tokens_G * self.per_token, balanced_G.clamp(min=self.minimum))
 
 
 @dataclass(frozen=True)
@@ -44,52 +106,158 @@ class Capacity:
     num_experts: int
     top_k: int
 
-    def limit(self, length: int, training: bool) -> int | None:
-        """Return the most assignments that an expert takes from one sequence of ``length`` tokens, or None.
+    def limit(self, training: bool) -> Limit | None:
+        """Return how much an expert, or a device, takes; None: everything."""
+        match self.config:
+            case DroplessConfig():
+                return None
+            case FactorCapacityConfig() as config:
+                factor = config.factor if training else config.eval_factor
+                return None if factor is None else Limit(factor, self.top_k, self.num_experts, minimum=config.minimum)
+            case DeviceCapacityConfig() as config:
+                return Limit(config.factor, self.top_k, config.devices, per_token=self.top_k) if training else None
 
-        ceil(factor · S · K / E), at least 1: the expert capacity of GShard (arXiv 2006.16668) with one sequence as its
-        group. A group that is a sequence, not a rank's batch, gives the same drops on every layout.
-        """
-        config = self.config
-        if isinstance(config, DroplessConfig):
-            return None
-        if isinstance(config, FactorCapacityConfig):
-            factor = config.factor if training else config.eval_factor
-            return None if factor is None else max(1, math.ceil(factor * length * self.top_k / self.num_experts))
-        assert_never(config)
-
-    def plan(self, routing: Routing, valid_BS: Tensor | None, length: int, training: bool) -> Plan:
-        """Decide who is kept.
+    def plan(self, routing: Routing, context: RoutingContext, training: bool) -> Plan:
+        """Decide who is kept. Waits for the device only to reroute.
 
         Args:
             routing: the choices of T = B · S tokens.
-            valid_BS: [B, S] bool, False for padding, which takes no room; None when all tokens are valid.
-            length: positions S of a sequence.
-            training: whether the limits of training hold, or those of evaluation.
+            context: the sequences that these tokens are, and the ranks that hold the others.
+            training: whether the limits of training hold, or those of evaluation, in which nothing is drawn.
         """
-        limit = self.limit(length, training)
-        kept_TK = torch.ones_like(routing.experts_TK, dtype=torch.bool)
-        if valid_BS is not None:
-            kept_TK &= valid_BS.reshape(-1, 1)
-        if limit is not None:
-            kept_TK &= queue_positions(routing.experts_TK, kept_TK, length, self.num_experts) < limit
-        return Plan(routing.experts_TK, routing.weights_TK, kept_TK, all_kept=limit is None and valid_BS is None)
+        wanted_TK = wanted(routing, context)
+        limit = self.limit(training)
+        match self.config:
+            case FactorCapacityConfig() as config if limit is not None:
+                return plan_for_experts(config, limit, routing, context, wanted_TK, training)
+            case DeviceCapacityConfig() as config if limit is not None:
+                kept_TK = within_budgets(config, limit, self.num_experts, routing, context, wanted_TK)
+                return Plan(routing.experts_TK, routing.weights_TK, kept_TK, all_kept=False, device_limited=True)
+        all_kept = context.valid_BS is None and routing.chosen_TK is None and routing.declined_TK is None
+        return Plan(routing.experts_TK, routing.weights_TK, wanted_TK, all_kept)
 
 
-def queue_positions(experts_TK: Tensor, wanted_TK: Tensor, length: int, num_experts: int) -> Tensor:
-    """Return each assignment's place [T, K] in the queue of its expert within its sequence, from 0.
+def wanted(routing: Routing, context: RoutingContext) -> Tensor:
+    """Return [T, K] bool: the choices of valid tokens, without those that the router gave up itself."""
+    wanted_TK = context.valid_T.unsqueeze(1).repeat(1, routing.experts_TK.shape[1])
+    if routing.chosen_TK is not None:
+        wanted_TK = wanted_TK & routing.chosen_TK
+    if routing.declined_TK is not None:
+        wanted_TK = wanted_TK & ~routing.declined_TK
+    return wanted_TK
 
-    The queue is ordered by token, then by choice: whether a token is dropped depends on earlier tokens only, so that no
-    future leaks into a causal model (with first choices before all second ones, as in GShard, it would). What is not
-    wanted stands in no queue. One sort, no table of experts x tokens.
+
+def queues_of(scope: str, limit: Limit, context: RoutingContext) -> Queues:
+    """Return the queues of a scope, which padding neither lengthens nor widens.
+
+    A sequence, and all ranks together, are the same tokens on every layout; those of one rank are not.
     """
-    num_tokens, num_choices = experts_TK.shape
-    sequence_T1 = torch.arange(num_tokens, device=experts_TK.device).unsqueeze(1) // length
-    num_queues = (num_tokens // length) * num_experts
-    queue_A = torch.where(wanted_TK, sequence_T1 * num_experts + experts_TK, num_queues).flatten()
-    order_A = torch.argsort(queue_A, stable=True)
-    lengths = torch.bincount(queue_A, minlength=num_queues + 1)
-    starts = torch.cumsum(lengths, dim=0) - lengths
-    positions_A = torch.empty_like(queue_A)
-    positions_A[order_A] = torch.arange(queue_A.numel(), device=queue_A.device) - starts[queue_A[order_A]]
-    return positions_A.view(num_tokens, num_choices)
+    valid_T = context.valid_T
+    if scope == "sequence":
+        peers: Peers = Alone()
+        group_T = torch.arange(len(valid_T), device=valid_T.device) // context.length
+        tokens_G = valid_T.view(-1, context.length).sum(dim=1)
+    else:
+        peers = context.peers if scope == "global" else Alone()
+        group_T = torch.zeros_like(valid_T, dtype=torch.int64)
+        tokens_G = peers.sum(valid_T.sum().unsqueeze(0))
+    limits_Q = limit.of_each(tokens_G).repeat_interleave(limit.num_destinations)
+    return Queues(group_T, limit.num_destinations, limits_Q, peers)
+
+
+def plan_for_experts(
+    config: FactorCapacityConfig,
+    limit: Limit,
+    routing: Routing,
+    context: RoutingContext,
+    wanted_TK: Tensor,
+    training: bool,
+) -> Plan:
+    """Fill each expert up to its capacity; reroute or drop the rest."""
+    queues = queues_of(config.scope, limit, context)
+    experts_TK, weights_TK, rerouted_TK = routing.experts_TK, routing.weights_TK, None
+    kept_TK = queues.admitted(experts_TK, wanted_TK, priority_of(config, routing, context, training))
+    if config.reroute:
+        experts_TK, rerouted_TK = reroute(routing.ranking_TE, experts_TK, wanted_TK & ~kept_TK, kept_TK, queues)
+        weights_TK, kept_TK = routing.weigh(experts_TK), kept_TK | rerouted_TK
+    if config.renormalize == "after":
+        weights_TK = renormalized(weights_TK, wanted_TK, kept_TK)
+    slots = None
+    if config.pad:
+        num_groups = context.num_tokens // context.length if config.scope == "sequence" else 1
+        slots = slots_of(experts_TK, kept_TK, limit, num_groups)
+    return Plan(experts_TK, weights_TK, kept_TK, all_kept=False, rerouted_TK=rerouted_TK, slots=slots)
+
+
+def priority_of(
+    config: FactorCapacityConfig, routing: Routing, context: RoutingContext, training: bool
+) -> Priority | None:
+    """Return who goes first, or None when that is by token and choice alone.
+
+    By order: earlier choices of all tokens before later ones (GShard, arXiv 2006.16668, algorithm 1). By policy: larger
+    weights (Megatron's ``probs``), or a draw (DeepSpeed's random token selection), which in evaluation is not made.
+    """
+    num_choices = routing.experts_TK.shape[1]
+    keys_TK, bits = torch.zeros_like(routing.experts_TK), 0
+    if config.policy == "probability":
+        keys_TK, bits = weight_keys(routing.weights_TK), WEIGHT_BITS
+    elif config.policy == "random" and training:
+        keys_TK = (context.bits(Purpose.OVERFLOW, num_choices) >> (64 - DRAW_BITS)) & ((1 << DRAW_BITS) - 1)
+        bits = DRAW_BITS
+    if config.order == "choice":
+        turn_K = torch.arange(num_choices - 1, -1, -1, device=keys_TK.device)
+        keys_TK, bits = keys_TK | (turn_K << bits), bits + (num_choices - 1).bit_length()
+    return Priority(keys_TK, bits) if bits > 0 else None
+
+
+def weight_keys(weights_TK: Tensor) -> Tensor:
+    """Return integers [T, K] in the order of the weights, which are not negative, as fp32 numbers."""
+    return weights_TK.detach().to(torch.float32).contiguous().view(torch.int32).to(torch.int64)
+
+
+def within_budgets(
+    config: DeviceCapacityConfig,
+    limit: Limit,
+    num_experts: int,
+    routing: Routing,
+    context: RoutingContext,
+    wanted_TK: Tensor,
+) -> Tensor:
+    """Return [T, K] bool: what is kept when each device drops its smallest weights (DeepSeek-V2, section 2.2.4).
+
+    Exempt sequences use up room like others, and are kept even where they exceed it.
+    """
+    exempt_B = context.uniform_per_sequence(Purpose.EXEMPTION) < config.exempt_fraction
+    exempt_T1 = exempt_B.repeat_interleave(context.length).unsqueeze(1)
+    keys_TK = weight_keys(routing.weights_TK) | (exempt_T1.to(torch.int64) << WEIGHT_BITS)
+    devices_TK = routing.experts_TK // (num_experts // config.devices)
+    queues = queues_of(config.scope, limit, context)
+    return queues.admitted(devices_TK, wanted_TK, Priority(keys_TK, WEIGHT_BITS + 1)) | (wanted_TK & exempt_T1)
+
+
+def renormalized(weights_TK: Tensor, wanted_TK: Tensor, kept_TK: Tensor) -> Tensor:
+    """Scale each token's kept weights up to the sum that they had with the dropped ones (DeepSpeed's order).
+
+    A token of which all or nothing is kept stays as it is, in value and gradient; so does one whose survivors weigh
+    next to nothing, beside the others or at all: their factor, or its gradient, would not be finite.
+    """
+    wanted_sum_T1 = (weights_TK * wanted_TK).sum(dim=1, keepdim=True)
+    kept_sum_T1 = (weights_TK * kept_TK).sum(dim=1, keepdim=True)
+    enough_T1 = kept_sum_T1 > torch.finfo(weights_TK.dtype).eps * wanted_sum_T1.clamp(min=1.0)
+    partly_T1 = (wanted_TK & ~kept_TK).any(dim=1, keepdim=True) & enough_T1
+    ratio_T1 = wanted_sum_T1 / torch.where(partly_T1, kept_sum_T1, 1.0)
+    return torch.where(partly_T1, weights_TK * ratio_T1, weights_TK)
+
+
+def slots_of(experts_TK: Tensor, kept_TK: Tensor, limit: Limit, num_groups: int) -> Slots:
+    """Give each kept assignment a place: by token, in the run of its expert, long enough for what all groups keep."""
+    num_experts = limit.num_destinations
+    per_expert = num_groups * limit.of(len(experts_TK) // num_groups)
+    places_TK = places(torch.where(kept_TK, experts_TK, num_experts), num_experts)
+    slots_TK = torch.where(kept_TK, experts_TK * per_expert + places_TK, num_experts * per_expert)
+    return Slots(slots_TK, per_expert)
+
+
+def is_padded(config: CapacityConfig) -> bool:
+    """Return whether plans have slots, for which `exchange_for` must know."""
+    return isinstance(config, FactorCapacityConfig) and config.pad

@@ -1,7 +1,8 @@
 """How tokens reach their experts and come home: the only thing that expert parallelism changes in a layer.
 
 A token travels once to each rank that holds one of its experts, with its expert ids and weights; the experts there add
-up their part of its sum; one row per token and rank comes back and the parts are added at home.
+up their part of its sum; one row per token and rank comes back and the parts are added at home. Or, in buffers of fixed
+size, it travels once per expert: more rows, but nobody waits to learn how many come.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from moe_train.dist.comm import all_to_all_rows, exchange_counts
 from moe_train.dist.mesh import Mesh
 from moe_train.moe.capacity import Plan
 from moe_train.ops.permute import RowMap, gather_rows, map_rows, sum_rows
+from moe_train.ops.slots import SlotMap, fill_slots, map_slots, sum_slots
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,15 @@ class Arrived:
             lives elsewhere.
         weights_RK: [R, K] weight of each choice, at least fp32; meaningless where the expert is L.
         num_assignments: number of entries of experts_RK below L.
-        journey: the way home; None when the tokens never left.
+        journey: the way home; for buffers of fixed size the places of this rank's tokens in them; None when the tokens
+            never left.
     """
 
     rows_RD: Tensor
     experts_RK: Tensor
     weights_RK: Tensor
     num_assignments: int
-    journey: Journey | None
+    journey: Journey | SlotMap | None
 
 
 class Exchange(Protocol):
@@ -153,14 +156,68 @@ class AllToAllExchange:
     def combine(self, sums_RD: Tensor, arrived: Arrived) -> Tensor:
         """Send the partial sums home and add up each token's, in order of ranks."""
         journey = arrived.journey
-        assert journey is not None, "these tokens did not come by an exchange between ranks"
+        assert isinstance(journey, Journey), "these tokens did not come by this exchange"
         parts_ND = all_to_all_rows(sums_RD, journey.sent, journey.received, self.group.group_name)
         return sum_rows(parts_ND, journey.row_map)
 
 
-def exchange_for(mesh: Mesh, num_experts: int) -> Exchange:
-    """Return the exchange of a layout for layers of ``num_experts`` experts (0 for a dense model)."""
-    return LocalExchange(num_experts) if mesh.layout.ep == 1 else AllToAllExchange(mesh.ep, num_experts)
+@dataclass(frozen=True)
+class PaddedExchange:
+    """Buffers of fixed size travel, a run of places for each expert, filled up with zeros: no counts, no waiting.
+
+    Attributes:
+        group: the EP group.
+        num_experts: experts E of a layer, a multiple of the group's size P.
+        unpadded: for plans without slots: those of an evaluation without limit.
+    """
+
+    group: dist.ProcessGroup
+    num_experts: int
+    unpadded: Exchange
+
+    @property
+    def experts(self) -> range:
+        """Global indices of the experts that this rank holds."""
+        return self.unpadded.experts
+
+    def dispatch(self, x_TD: Tensor, plan: Plan) -> Arrived:
+        """Send each expert's run of places [per_expert, D] to its rank. Does not wait for the device."""
+        if plan.slots is None:
+            return self.unpadded.dispatch(x_TD, plan)
+        slots_TK, per_expert = plan.slots.slots_TK, plan.slots.per_expert
+        slot_map = map_slots(slots_TK, self.num_experts * per_expert)
+        weight_map = map_slots(slots_TK.view(-1, 1), self.num_experts * per_expert)
+        rows_RD = self.travel(fill_slots(x_TD, slot_map))
+        # From each rank comes a run for every expert held here.
+        held_R1 = torch.arange(len(rows_RD), device=x_TD.device).unsqueeze(1) // per_expert % len(self.experts)
+        weights_R1 = self.travel(fill_slots(plan.weights_TK.reshape(-1, 1), weight_map))
+        return Arrived(rows_RD, held_R1, weights_R1, num_assignments=len(rows_RD), journey=slot_map)
+
+    def travel(self, rows_ND: Tensor) -> Tensor:
+        """Send equal parts [N / P, D] to all ranks, and receive as much."""
+        num_ranks = self.group.size()
+        share = [len(rows_ND) // num_ranks] * num_ranks
+        arrived_ND: Tensor = all_to_all_rows(rows_ND, share, share, self.group.group_name)
+        return arrived_ND
+
+    def combine(self, sums_RD: Tensor, arrived: Arrived) -> Tensor:
+        """Send the buffers home and add up each token's places, in order of its choices."""
+        if not isinstance(arrived.journey, SlotMap):
+            return self.unpadded.combine(sums_RD, arrived)
+        return sum_slots(self.travel(sums_RD), arrived.journey)
+
+
+def exchange_for(mesh: Mesh, num_experts: int, padded: bool) -> Exchange:
+    """Return the exchange of a layout.
+
+    Args:
+        mesh: the layout.
+        num_experts: experts E of a layer; 0 for a dense model.
+        padded: whether capacity gives assignments places in buffers of fixed size (``capacity.pad``).
+    """
+    local = mesh.layout.ep == 1
+    unpadded = LocalExchange(num_experts) if local else AllToAllExchange(mesh.ep, num_experts)
+    return PaddedExchange(mesh.ep, num_experts, unpadded) if padded else unpadded
 
 
 def visits(home_TK: Tensor, num_ranks: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_train.moe.exchange import Arrived
+from moe_train.moe.queues import count
 from moe_train.moe.roles import Kind, Role
 from moe_train.ops.grouped_gemm import grouped_gemm
 from moe_train.ops.permute import gather_rows, map_rows, sum_rows
@@ -37,7 +38,7 @@ class Experts(nn.Module):
         num_held = self.down_LFD.shape[0]
         dtype = arrived.rows_RD.dtype
         row_map = map_rows(arrived.experts_RK, num_held, arrived.num_assignments)
-        counts_L = torch.bincount(arrived.experts_RK.flatten(), minlength=num_held + 1)[:num_held]
+        counts_L = count(arrived.experts_RK, num_held)
         x_AD = gather_rows(arrived.rows_RD, row_map)
         weights_A1 = arrived.weights_RK.reshape(-1, 1).index_select(0, row_map.choices_N)
         gate_AF, up_AF = grouped_gemm(x_AD, self.gate_up_LDF2.to(dtype), counts_L).chunk(2, dim=1)

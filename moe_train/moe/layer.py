@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from moe_train.moe.balance import Balance, RoutingRecord
 from moe_train.moe.capacity import Capacity
+from moe_train.moe.context import RoutingContext
 from moe_train.moe.exchange import Exchange
 from moe_train.moe.experts import Experts
-from moe_train.moe.router import TopKRouter
+from moe_train.moe.routers import Router
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class MoELayer(nn.Module):
 
     def __init__(
         self,
-        router: TopKRouter,
+        router: Router,
         capacity: Capacity,
         exchange: Exchange,
         experts: Experts,
@@ -55,20 +57,21 @@ class MoELayer(nn.Module):
         self.balance = balance
         self.shared = shared
 
-    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None = None) -> MoEOutput:
+    def forward(self, x_BSD: Tensor, context: RoutingContext | None = None) -> MoEOutput:
         """Apply the layer.
 
         Args:
             x_BSD: [B, S, D] tokens.
-            valid_BS: [B, S] bool, False for padding, which visits no expert and counts nowhere; None: all valid.
+            context: what else is known of them; None: a batch of its own, all valid, their places as ids.
         """
-        length = x_BSD.shape[1]
+        if context is None:
+            context = RoutingContext.of(torch.arange(x_BSD[..., 0].numel(), device=x_BSD.device).view(x_BSD.shape[:2]))
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.router(x_TD)
-        plan = self.capacity.plan(routing, valid_BS, length, self.training)
+        routing = self.router(x_TD, context)
+        plan = self.capacity.plan(routing, context, self.training)
         arrived = self.exchange.dispatch(x_TD, plan)
         sums_RD = self.experts(arrived)
         y_BSD = self.exchange.combine(sums_RD, arrived).view_as(x_BSD)
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD)
-        return MoEOutput(y_BSD, RoutingRecord.of(routing, plan, valid_BS, length))
+        return MoEOutput(y_BSD, RoutingRecord.of(routing, plan, context, self.balance))

@@ -27,11 +27,13 @@ class Role:
         kind: who holds it.
         std: standard deviation of its normal initial values; None: all ones (the gains of norms).
         experts: for Kind.EXPERT, the global indices of the experts along dimension 0.
+        truncated: values beyond two standard deviations are drawn again.
     """
 
     kind: Kind
     std: float | None
     experts: range = range(0)
+    truncated: bool = False
 
 
 def roles_of(model: nn.Module) -> dict[str, Role]:

@@ -95,6 +95,7 @@ class TorchEngine:
             tensors[f"model.{name}"] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optim.{name}.{key}"] = value
+        tensors |= {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
         return tensors
 
     def expert_keys(self) -> set[str]:

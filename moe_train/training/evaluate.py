@@ -40,8 +40,8 @@ def evaluate(
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     for window in heldout_batches(store, seq_len, batch, world.rank, world.size, limit):
-        inputs = to_inputs(window, model)
-        logits_TV = model(inputs.tokens_BS, inputs.valid_BS).logits_BSV.flatten(0, 1)
+        inputs = to_inputs(window, model, mesh, seed=0)  # nothing is drawn in evaluation
+        logits_TV = model(inputs.tokens_BS, inputs.context).logits_BSV.flatten(0, 1)
         sums[0] += cross_entropy_sum(logits_TV, inputs.labels_T).cpu()
         sums[1] += int((window.labels_BS != IGNORE).sum())
     model.train(was_training)

@@ -17,6 +17,7 @@ from moe_train.observe.records import parse_record
 from moe_train.observe.sinks import RunContext, SinkGroup, open_sinks
 from moe_train.observe.sinks.jsonl import FILE_NAME
 from moe_train.ops.loss import IGNORE
+from moe_train.ops.random import derive_seed
 from moe_train.training.evaluate import evaluate
 from moe_train.training.optim import learning_rate
 from moe_train.training.random import random_state
@@ -62,7 +63,8 @@ def fit(run: Run) -> Outcome:
         while step < config.train.steps and signal is None:
             batches, tokens, signal = next_batches(run, stop, window)
             rate = learning_rate(step, config.train.steps, config.optim)
-            result = train_step(run.engine, run.mesh, batches, tokens, rate, config.train.clip_norm)
+            draws = derive_seed(config.run.seed, step)
+            result = train_step(run.engine, run.mesh, batches, tokens, rate, config.train.clip_norm, draws)
             step += 1
             window.steps, window.tokens = window.steps + 1, window.tokens + tokens
             if step % config.log.every == 0 or step in (1, config.train.steps):

@@ -22,6 +22,7 @@ from moe_train.dist.world import World
 from moe_train.errors import ConfigError, Problem
 from moe_train.models.initialise import initialise
 from moe_train.models.transformer import build_model
+from moe_train.moe.capacity import is_padded
 from moe_train.moe.exchange import exchange_for
 from moe_train.observe.environment import environment
 from moe_train.parallel.engine import Engine, TorchEngine
@@ -73,7 +74,7 @@ def build_run(config: TrainConfig, world: World) -> Run:
     world.leader_first(lambda: require_writable(Path(config.run.dir).expanduser()))
     mesh = build_mesh(world, config.parallel.ep)
     corpus = open_corpus(config.data, config.tokenizer, world.leader_first)
-    exchange = exchange_for(mesh, config.model.ffn.num_experts)
+    exchange = exchange_for(mesh, config.model.ffn.num_experts, is_padded(config.model.ffn.capacity))
     model = build_model(config.model, corpus.tokenizer.vocab_size, exchange, config.train.precision, world.device)
     initialise(model, config.run.seed)
     engine = TorchEngine(model, build_optimizer(model, config.optim), mesh)

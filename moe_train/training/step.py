@@ -11,10 +11,12 @@ from torch import Tensor
 from moe_train.data.loader import Batch
 from moe_train.dist.comm import sum_over
 from moe_train.dist.mesh import Mesh
+from moe_train.dist.peers import Together
 from moe_train.models.transformer import ModelOutput, Transformer
+from moe_train.moe.context import RoutingContext
 from moe_train.ops.loss import IGNORE, cross_entropy_sum
 from moe_train.parallel.engine import Engine
-from moe_train.training.tally import Tally
+from moe_train.training.tally import Statistics, Tally, total_statistics
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ def train_step(
     tokens: int,
     learning_rate: float,
     clip_norm: float | None,
+    seed: int,
 ) -> StepResult:
     """Run the micro-batches of one optimizer step and update.
 
@@ -47,19 +50,22 @@ def train_step(
         tokens: valid tokens of the step over all ranks and micro-batches, by which every gradient is divided once.
         learning_rate: of this step.
         clip_norm: largest gradient norm, or None.
+        seed: of what routers draw in this step.
     """
     model = engine.model
     tally = Tally(model.moe_layers)
     engine.zero_grad()
-    counts = step_counts(model, mesh, batches)
-    for batch in batches:
-        inputs = to_inputs(batch, model)
-        output: ModelOutput = model(inputs.tokens_BS, inputs.valid_BS)
-        loss_sum = cross_entropy_sum(output.logits_BSV.flatten(0, 1), inputs.labels_T)
-        balance_sum = balance_loss_sum(model, output, counts if counts else global_counts(output, mesh))
+    inputs = [to_inputs(batch, model, mesh, seed) for batch in batches]
+    totals = step_totals(model, mesh, inputs)
+    for micro_batch in inputs:
+        output: ModelOutput = model(micro_batch.tokens_BS, micro_batch.context)
+        loss_sum = cross_entropy_sum(output.logits_BSV.flatten(0, 1), micro_batch.labels_T)
+        balance_sum = balance_loss_sum(model, output, totals or pass_totals(model, mesh, output))
         engine.backward((loss_sum + balance_sum) / tokens)
         tally.add(loss_sum, output.records)
-    return StepResult(engine.step(learning_rate, clip_norm), tally)
+    grad_norm = engine.step(learning_rate, clip_norm)
+    move_biases(model, mesh, tally)
+    return StepResult(grad_norm, tally)
 
 
 @dataclass(frozen=True)
@@ -69,54 +75,72 @@ class Inputs:
     Attributes:
         tokens_BS: [B, S] int64.
         labels_T: [B · S] int64, IGNORE where there is no target.
-        valid_BS: [B, S] bool, False for padding; None when there is none.
+        context: what routers know of these tokens.
     """
 
     tokens_BS: Tensor
     labels_T: Tensor
-    valid_BS: Tensor | None
+    context: RoutingContext
 
 
-def to_inputs(batch: Batch, model: Transformer) -> Inputs:
+def to_inputs(batch: Batch, model: Transformer, mesh: Mesh, seed: int) -> Inputs:
     """Bring a batch to the model's device; positions without a label are padding."""
     device = model.embedding_VD.device
+    tokens_BS = batch.tokens_BS.to(device, non_blocking=True)
     valid_BS = batch.labels_BS != IGNORE
     all_valid = bool(valid_BS.all())  # on the host, where batches are made: nothing waits for the device
-    return Inputs(
-        tokens_BS=batch.tokens_BS.to(device, non_blocking=True),
-        labels_T=batch.labels_BS.flatten().to(device, non_blocking=True),
+    context = RoutingContext(
+        ids_BS=tokens_BS,
+        sequences_B=torch.arange(tokens_BS.shape[0], device=device) + batch.first_sequence,
         valid_BS=None if all_valid else valid_BS.to(device, non_blocking=True),
+        seed=seed,
+        peers=Together(mesh.world),
     )
+    return Inputs(tokens_BS, batch.labels_BS.flatten().to(device, non_blocking=True), context)
 
 
-def global_counts(output: ModelOutput, mesh: Mesh) -> list[Tensor]:
-    """Return each MoE layer's assignments [E] over all ranks: one collective for all layers."""
-    if not output.records:
-        return []
-    return list(sum_over(torch.stack([record.counts_E for record in output.records]), mesh.world))
-
-
-def step_counts(model: Transformer, mesh: Mesh, batches: Sequence[Batch]) -> list[Tensor]:
-    """Return each MoE layer's assignments over the whole step when a loss needs them before its first backward.
+def step_totals(model: Transformer, mesh: Mesh, inputs: Sequence[Inputs]) -> list[Statistics]:
+    """Return each MoE layer's statistics over the whole step when a loss needs them before its first backward.
 
     The global load-balance loss multiplies each micro-batch's probabilities with the load of all of them. To be exact
-    under accumulation the load must be known first, so that the routers run twice; without accumulation, or with
-    ``aux.scope=sequence``, nothing is run here and the list is empty.
+    under accumulation the load must be known first, so that the routers run twice (and draw the same numbers twice);
+    without accumulation, or with ``scope=sequence``, nothing is run here and the list is empty.
     """
-    needed = any(layer.balance.needs_global_counts for layer in model.moe_layers.values())
-    if not needed or len(batches) == 1:
+    if len(inputs) == 1 or not any(layer.balance.needs_totals for layer in model.moe_layers.values()):
         return []
     tally = Tally(model.moe_layers)
     with torch.no_grad():
-        for batch in batches:
-            inputs = to_inputs(batch, model)
-            tally.add(torch.zeros(()), model(inputs.tokens_BS, inputs.valid_BS).records)
-    return list(sum_over(torch.stack([record.counts_E for record in tally.records]), mesh.world))
+        for micro_batch in inputs:
+            tally.add(torch.zeros(()), model(micro_batch.tokens_BS, micro_batch.context).records)
+    return total_statistics(tally.records, mesh)
 
 
-def balance_loss_sum(model: Transformer, output: ModelOutput, counts: list[Tensor]) -> Tensor:
-    """Return the weighted balance losses of one micro-batch, summed over layers and tokens."""
-    total = output.logits_BSV.new_zeros((), dtype=torch.promote_types(model.dtype, torch.float32))
-    for layer, record, counts_E in zip(model.moe_layers.values(), output.records, counts, strict=True):
-        total = total + layer.balance.loss_sum(record, counts_E)
+def pass_totals(model: Transformer, mesh: Mesh, output: ModelOutput) -> list[Statistics]:
+    """Return each MoE layer's statistics of one forward pass over all ranks, or of this rank if no loss needs more."""
+    if any(layer.balance.needs_totals for layer in model.moe_layers.values()):
+        return total_statistics(output.records, mesh)
+    return [record.statistics for record in output.records]
+
+
+def balance_loss_sum(model: Transformer, output: ModelOutput, totals: list[Statistics]) -> Tensor:
+    """Return what adds the gradient of the weighted balance losses of one micro-batch, summed over layers."""
+    total = output.logits_BSV.new_zeros((), dtype=torch.float64)
+    for layer, record, statistics in zip(model.moe_layers.values(), output.records, totals, strict=True):
+        total = total + layer.balance.share(record, statistics)
     return total
+
+
+@torch.no_grad()
+def move_biases(model: Transformer, mesh: Mesh, tally: Tally) -> None:
+    """Move the biases of loss-free balancing, once per optimizer step, by the load of all ranks and micro-batches."""
+    biased = [
+        (layer, record.counts_E)
+        for layer, record in zip(model.moe_layers.values(), tally.records, strict=True)
+        if layer.router.bias_E is not None
+    ]
+    if not biased:
+        return
+    counts = sum_over(torch.stack([counts_E for _, counts_E in biased]), mesh.world)
+    for (layer, _), counts_E in zip(biased, counts, strict=True):
+        assert layer.router.bias_E is not None, "filtered above"
+        layer.router.bias_E += layer.balance.bias_change(counts_E).to(layer.router.bias_E.dtype)

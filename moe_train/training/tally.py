@@ -5,7 +5,9 @@ Sums stay on the device; they travel over the ranks, and to the host, only for t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +16,9 @@ from moe_train.dist.comm import sum_over
 from moe_train.dist.mesh import Mesh
 from moe_train.moe.balance import RoutingRecord
 from moe_train.moe.layer import MoELayer
+
+Statistics: TypeAlias = tuple[Tensor, ...]
+"""Per balance loss of a layer its vector of sums."""
 
 
 @dataclass
@@ -34,10 +39,8 @@ class Tally:
         """Add one micro-batch."""
         loss_sum = loss_sum.detach().to(torch.float64)
         self.loss_sum = loss_sum if self.loss_sum is None else self.loss_sum + loss_sum
-        self.records = (
-            [add(a, b) for a, b in zip(self.records, records, strict=True)] if self.records else list(records)
-        )
-        self.records = [detached(record) for record in self.records]
+        detached = [record.detached() for record in records]
+        self.records = [a + b for a, b in zip(self.records, detached, strict=True)] if self.records else detached
 
     def measure(self, tokens: int, mesh: Mesh) -> dict[str, object]:
         """Sum over the ranks and return the step's figures. Collective; waits for the device.
@@ -47,66 +50,70 @@ class Tally:
             mesh: the groups.
 
         Returns:
-            ``loss``, ``aux_loss`` and ``z_loss`` (means over the MoE layers, unweighted) and, per MoE layer, ``load``,
-            ``dropped_fraction``, ``max_violation``, ``entropy`` and ``dead_experts``.
+            ``loss``, and the balance losses by name (means over the MoE layers, unweighted); per MoE layer the figures
+            of `layer_figures`.
         """
         assert self.loss_sum is not None, "a step has at least one micro-batch"
-        flat = torch.cat([self.loss_sum.view(1), *(pack(record) for record in self.records)])
-        total = sum_over(flat, mesh.world).cpu()
-        figures: dict[str, object] = {"loss": total[0].item() / tokens}
-        aux, z = [], []
-        start = 1
-        for (depth, layer), packed in zip(self.layers.items(), self.records, strict=True):
-            record = unpack(total[start : start + packed.counts_E.numel() * 2 + SCALARS], packed.counts_E.numel())
-            start += packed.counts_E.numel() * 2 + SCALARS
-            aux.append(layer.balance.aux_sum(record, record.counts_E).item() / tokens)
-            z.append(record.z_sum.item() / tokens)
-            figures |= {f"moe/layer_{depth:02d}/{k}": v for k, v in layer_figures(record, tokens).items()}
-        if aux:
-            figures |= {"aux_loss": sum(aux) / len(aux), "z_loss": sum(z) / len(z)}
-        return figures
+        tensors = [self.loss_sum, *(tensor for record in self.records for tensor in record.tensors())]
+        loss_sum, *totals = unpack(sum_over(pack(tensors), mesh.world).cpu(), tensors)
+        figures: dict[str, object] = {"loss": loss_sum.item() / tokens}
+        losses: dict[str, list[float]] = {}
+        for (depth, layer), local in zip(self.layers.items(), self.records, strict=True):
+            size = len(local.tensors())
+            record, totals = RoutingRecord.from_tensors(totals[:size]), totals[size:]
+            for name, value in layer.balance.values(record.statistics).items():
+                losses.setdefault(name, []).append(value.item() / tokens)
+            found = layer_figures(record, tokens, layer.router.bias_E)
+            figures |= {f"moe/layer_{depth:02d}/{key}": value for key, value in found.items()}
+        return figures | {name: sum(values) / len(values) for name, values in losses.items()}
 
 
-SCALARS = 4
-"""Scalars of a record, beside its two vectors over experts."""
+def pack(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors as one fp64 vector, which is exact for counts below 2^53."""
+    return torch.cat([tensor.detach().to(torch.float64).view(-1) for tensor in tensors])
 
 
-def pack(record: RoutingRecord) -> Tensor:
-    """Return a record as one fp64 vector, which is exact for counts below 2^53."""
-    scalars = [record.dropped, record.sequence_balance_sum, record.z_sum, record.entropy_sum]
-    vectors = [record.counts_E, record.probability_sum_E]
-    return torch.cat([v.to(torch.float64).view(-1) for v in (*vectors, *scalars)])
+def unpack(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return the fp64 tensors of a vector made by `pack`, in the shapes of ``like``."""
+    parts = torch.split(flat, [tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
-def unpack(flat: Tensor, num_experts: int) -> RoutingRecord:
-    """Return the record of a vector made by `pack`."""
-    counts_E, probability_sum_E, (dropped, balance, z, entropy) = torch.split(flat, [num_experts, num_experts, SCALARS])
-    return RoutingRecord(counts_E, dropped, probability_sum_E, balance, z, entropy)
+def total_statistics(records: Sequence[RoutingRecord], mesh: Mesh) -> list[Statistics]:
+    """Return each MoE layer's statistics over all ranks: one collective for all layers and losses."""
+    if not records:
+        return []
+    local = [statistic for record in records for statistic in record.statistics]
+    totals = unpack(sum_over(pack(local), mesh.world), local)
+    num_losses = len(records[0].statistics)
+    return [tuple(totals[start : start + num_losses]) for start in range(0, len(totals), num_losses)]
 
 
-def add(a: RoutingRecord, b: RoutingRecord) -> RoutingRecord:
-    """Return the sum of two records."""
-    return RoutingRecord(*(getattr(a, name) + getattr(b, name) for name in RoutingRecord.__dataclass_fields__))
-
-
-def detached(record: RoutingRecord) -> RoutingRecord:
-    """Return a record without gradients."""
-    return RoutingRecord(*(getattr(record, name).detach() for name in RoutingRecord.__dataclass_fields__))
-
-
-def layer_figures(record: RoutingRecord, tokens: int) -> dict[str, object]:
+def layer_figures(record: RoutingRecord, tokens: int, bias_E: Tensor | None) -> dict[str, object]:
     """Return what is recorded of one layer.
 
-    ``load``: share of assignments per expert, before drops. ``max_violation``: fullest expert over the mean, minus one
-    (arXiv 2408.15664, eq. 4). ``entropy``: of the router's probabilities, mean over tokens, in nats.
+    ``load``: share of assignments per expert, before drops. ``dropped_fraction``: share that no expert computed, and by
+    cause: no room at the expert, over a device's budget, given up by the router. ``rerouted_fraction``: share that went
+    to another expert for want of room. ``max_violation``: fullest expert over the mean, minus one (arXiv 2408.15664,
+    eq. 4). ``entropy``: of the router's probabilities, mean over tokens, in nats. ``bias_range``: largest minus least
+    bias of loss-free balancing, after the step.
     """
     counts_E = record.counts_E
     assignments = counts_E.sum().clamp(min=1)
     load_E = counts_E / assignments
-    return {
+    by_cause = [record.dropped_capacity, record.dropped_device, record.dropped_router]
+    capacity, device, router = ((dropped / assignments).item() for dropped in by_cause)
+    figures: dict[str, object] = {
         "load": load_E.tolist(),
-        "dropped_fraction": (record.dropped / assignments).item(),
+        "dropped_fraction": capacity + device + router,
+        "dropped_capacity_fraction": capacity,
+        "dropped_device_fraction": device,
+        "dropped_router_fraction": router,
+        "rerouted_fraction": (record.rerouted / assignments).item(),
         "max_violation": (load_E.max() * counts_E.numel() - 1).item(),
         "entropy": record.entropy_sum.item() / tokens,
         "dead_experts": int((counts_E == 0).sum()),
     }
+    if bias_E is not None:
+        figures["bias_range"] = (bias_E.max() - bias_E.min()).item()
+    return figures

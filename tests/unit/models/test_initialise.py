@@ -36,7 +36,7 @@ def half(place: int) -> Transformer:
     return model
 
 
-def test_each_global_expert_starts_the_same_at_every_ep_size() -> None:
+def test_trap_31_each_global_expert_starts_the_same_at_every_ep_size() -> None:
     whole, halves = build(config_of()), [half(0), half(1)]
     roles = roles_of(whole)
     for name, expected in values(whole).items():
@@ -47,7 +47,7 @@ def test_each_global_expert_starts_the_same_at_every_ep_size() -> None:
             assert all(torch.equal(part, expected) for part in parts), name
 
 
-def test_no_two_tensors_start_alike() -> None:
+def test_trap_31_no_two_tensors_start_alike() -> None:
     """Experts that start alike stay alike: they would be one expert."""
     drawn = []
     model = build(config_of())
@@ -99,3 +99,45 @@ def test_standard_deviations(layers: int) -> None:
         expected = 0.02 / (2 * layers) ** 0.5 if writes_residual else 0.02
         spread = 4 / value.numel() ** 0.5  # of an estimated deviation: more than five of its own deviations
         assert value.std().item() == pytest.approx(expected, rel=spread), name
+
+
+SWITCH = ("model=switch_tiny", "model.dim=64", "model.ffn.num_experts=8", "model.init_std=0.02")
+
+
+def test_switch_routers_start_small_and_within_two_deviations() -> None:
+    """Truncated normal, deviation sqrt(0.1 / fan-in), values beyond two drawn again (Switch, 2.4)."""
+    weights = [value for name, value in values(build(config_of(*SWITCH))).items() if "router" in name]
+    drawn = torch.stack(weights)
+    sigma = (0.1 / 64) ** 0.5
+    assert drawn.abs().max().item() <= 2 * sigma
+    assert drawn.abs().max().item() > 1.9 * sigma
+    # Of a normal cut at two deviations: sqrt(1 - 4 φ(2) / (2 Φ(2) - 1)).
+    assert drawn.std().item() == pytest.approx(0.8796 * sigma, rel=4 / drawn.numel() ** 0.5)
+
+
+def test_trap_39_truncated_values_come_from_a_generator_of_their_own() -> None:
+    """From torch's global one, every rank would start with other routers."""
+    torch.manual_seed(1)
+    first = values(build(config_of(*SWITCH)))
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    second = values(build(config_of(*SWITCH)))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_biases_start_at_zero_whatever_the_memory_held() -> None:
+    model = build(config_of("model.ffn.router.kind=sigmoid", "+model.ffn.balance.loss_free.rate=0.5"))
+    biases = [layer.router.bias_E for layer in model.moe_layers.values()]
+    for bias_E in biases:
+        bias_E.fill_(float("nan"))
+    initialise(model, 0)
+    assert len(biases) == 2
+    assert all(torch.equal(bias_E, torch.zeros_like(bias_E)) for bias_E in biases)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.float32), ("fp32", torch.float32)])
+def test_trap_19_routers_and_their_biases_are_kept_in_fp32(precision: str, dtype: torch.dtype) -> None:
+    model = build(config_of("model.ffn.router.kind=sigmoid", "+model.ffn.balance.loss_free.rate=0.5"), precision)
+    for layer in model.moe_layers.values():
+        assert layer.router.bias_E.dtype == layer.router.weight.dtype == dtype

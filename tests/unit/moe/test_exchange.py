@@ -4,15 +4,16 @@ import dataclasses
 
 import torch
 import torch.distributed as dist
-from moe_samples import DIM, IdentityExperts, make_layer, tokens
+from moe_samples import DIM, IdentityExperts, context_of, make_layer, tokens
 from spawn import run_ranks
 from torch import Tensor, nn
+from waiting import NoWaiting
 
-from moe_train.config.schema import DroplessConfig, FactorCapacityConfig
+from moe_train.config.routing import DroplessConfig, FactorCapacityConfig
 from moe_train.dist.comm import METER, all_to_all_rows
 from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World, joined
-from moe_train.moe.exchange import AllToAllExchange, LocalExchange, exchange_for
+from moe_train.moe.exchange import AllToAllExchange, LocalExchange, PaddedExchange, exchange_for
 from moe_train.moe.layer import MoELayer
 
 BATCH, LENGTH, EXPERTS, TOP_K = 2, 5, 8, 2
@@ -21,6 +22,8 @@ EXCHANGES_PER_FORWARD = 4
 """Rows, expert ids and weights go out, sums come home. (The table of counts goes ahead of them, unmetered.)"""
 EXCHANGES_PER_BACKWARD = 3
 """The same way back, without the ids, which are integers."""
+PADDED_EXCHANGES = 3
+"""Rows and weights go out, sums come home; and the same way back. No table of counts goes ahead."""
 FP64, INT32 = 8, 4
 """Bytes."""
 
@@ -34,23 +37,33 @@ class Case:
     factor: float | None = None
     zero_router: bool = False
     silent_ranks: tuple[int, ...] = ()
+    reroute: bool = False
+    scope: str = "sequence"
 
 
 CASES = [
     Case("top-2"),
     Case("top-1", top_k=1),
-    Case("every expert", top_k=EXPERTS),
-    Case("all tokens to the first rank", zero_router=True),
-    Case("a rank with nothing to send", silent_ranks=(1,)),
-    Case("a rank with nothing to send or receive", zero_router=True, silent_ranks=(1,)),
-    Case("nothing at all", silent_ranks=(0, 1, 2, 3)),
+    Case("trap 22: every expert", top_k=EXPERTS),
+    Case("trap 22: all tokens to the first rank", zero_router=True),
+    Case("trap 21: a rank with nothing to send", silent_ranks=(1,)),
+    Case("trap 21: a rank with nothing to send or receive", zero_router=True, silent_ranks=(1,)),
+    Case("trap 21: nothing at all", silent_ranks=(0, 1, 2, 3)),
     Case("with drops", factor=0.6),
+]
+PADDED_CASES = [
+    *(dataclasses.replace(case, factor=case.factor or EXPERTS) for case in CASES),
+    Case("with drops, by rank", factor=0.6, scope="rank"),
+    Case("rerouted", factor=0.6, reroute=True),
+    Case("rerouted from the first rank, by rank", factor=1.0, reroute=True, scope="rank", zero_router=True),
 ]
 
 
-def layer_of(case: Case, mesh: Mesh, sharded: bool) -> MoELayer:
+def layer_of(case: Case, mesh: Mesh, sharded: bool, padded: bool = False) -> MoELayer:
     exchange = AllToAllExchange(mesh.ep, EXPERTS) if sharded else LocalExchange(EXPERTS)
-    capacity = DroplessConfig() if case.factor is None else FactorCapacityConfig(factor=case.factor)
+    fields = {"factor": case.factor or 1.0, "reroute": case.reroute, "scope": case.scope, "pad": padded}
+    capacity = DroplessConfig() if case.factor is None else FactorCapacityConfig.model_validate(fields)
+    exchange = PaddedExchange(mesh.ep, EXPERTS, exchange) if padded else exchange
     layer = make_layer(EXPERTS, case.top_k, capacity, exchange=exchange)
     if case.zero_router:  # equal logits: everybody chooses the experts with the lowest indices
         nn.init.zeros_(layer.router.weight)
@@ -61,15 +74,15 @@ def results_of(layer: MoELayer, case: Case, rank: int) -> dict[str, Tensor]:
     """Output and gradients of one rank's tokens; experts hold what came from the whole group."""
     x_BSD = tokens(BATCH, LENGTH, seed=rank)
     valid_BS = torch.full((BATCH, LENGTH), rank not in case.silent_ranks)
-    y_BSD = layer(x_BSD, valid_BS).y_BSD
+    y_BSD = layer(x_BSD, context_of(BATCH, LENGTH, valid_BS)).y_BSD
     (y_BSD * tokens(BATCH, LENGTH, seed=100 + rank).detach()).sum().backward()
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
     return {"output": y_BSD.detach(), "input gradient": x_BSD.grad, **gradients}
 
 
-def check_equal_to_local(mesh: Mesh) -> None:
-    for case in CASES:
-        sharded = results_of(layer_of(case, mesh, sharded=True), case, mesh.rank)
+def check_equal_to_local(mesh: Mesh, padded: bool) -> None:
+    for case in PADDED_CASES if padded else CASES:
+        sharded = results_of(layer_of(case, mesh, True, padded), case, mesh.rank)
         local = results_of(layer_of(case, mesh, sharded=False), case, mesh.rank)
         held = mesh.layout.experts(mesh.rank, EXPERTS)
         for name, expected in local.items():
@@ -77,17 +90,17 @@ def check_equal_to_local(mesh: Mesh) -> None:
                 dist.all_reduce(expected, group=mesh.ep)
                 expected = expected[held.start : held.stop]
             error = (sharded[name] - expected).abs().max().item()
-            assert error < 1e-12, f"{case.name}, rank {mesh.rank}: {name} differs by {error:.1e}"
-        if case.zero_router and mesh.ep_rank > 0:
+            assert error < 1e-12, f"{case.name}, padded {padded}, rank {mesh.rank}: {name} differs by {error:.1e}"
+        if case.zero_router and mesh.ep_rank > 0 and not case.reroute:
             assert not sharded["experts.down_LFD"].any(), "zeros, not None, where no token came"
 
 
-def check_identity(mesh: Mesh) -> None:
+def check_identity(mesh: Mesh, padded: bool) -> None:
     for top_k in (1, 3, EXPERTS):
-        layer = layer_of(Case("identity", top_k), mesh, sharded=True)
+        layer = layer_of(Case("identity", top_k, factor=EXPERTS if padded else None), mesh, True, padded)
         layer.experts = IdentityExperts(EXPERTS // mesh.ep.size())
         x_BSD = tokens(BATCH, LENGTH, seed=mesh.rank)
-        assert torch.allclose(layer(x_BSD).y_BSD, x_BSD, rtol=0, atol=1e-13), f"top-{top_k}"
+        assert torch.allclose(layer(x_BSD).y_BSD, x_BSD, rtol=0, atol=1e-13), f"top-{top_k}, padded {padded}"
 
 
 def check_cost(mesh: Mesh) -> None:
@@ -103,6 +116,49 @@ def check_cost(mesh: Mesh) -> None:
     assert METER.calls == EXCHANGES_PER_FORWARD + EXCHANGES_PER_BACKWARD
     METER.take_ms()
     assert (METER.calls, METER.sent_bytes, METER.seconds) == (0, 0, 0.0)
+
+
+def check_padded_cost(mesh: Mesh) -> None:
+    """The same bytes wherever tokens go: as many rows as the buffers have."""
+    for zero_router in (False, True):
+        layer = layer_of(Case("padded", factor=1.0, zero_router=zero_router), mesh, True, padded=True)
+        rows = BATCH * layer.capacity.limit(training=True).of(LENGTH) * EXPERTS
+        METER.take_ms()
+        y_BSD = layer(tokens(BATCH, LENGTH)).y_BSD
+        assert METER.calls == PADDED_EXCHANGES
+        assert METER.sent_bytes == rows * (2 * DIM + 1) * FP64
+        y_BSD.sum().backward()
+        assert METER.calls == 2 * PADDED_EXCHANGES
+        METER.take_ms()
+
+
+def check_padded_does_not_wait(mesh: Mesh) -> None:
+    """Neither from tokens to experts nor back, nor in the backward pass, does the host need a number of the device."""
+    layer = layer_of(Case("padded", factor=0.6), mesh, True, padded=True)
+    layer.experts = IdentityExperts(EXPERTS // mesh.ep.size())
+    x_BSD, context = tokens(BATCH, LENGTH), context_of(BATCH, LENGTH)
+    x_TD = x_BSD.flatten(0, 1)
+    plan = layer.capacity.plan(layer.router(x_TD, context), context, training=True)
+    with NoWaiting():
+        arrived = layer.exchange.dispatch(x_TD, plan)
+        y_TD = layer.exchange.combine(layer.experts(arrived), arrived)
+        y_TD.backward(torch.ones_like(y_TD))
+    empty_R = (arrived.rows_RD == 0).all(dim=1)
+    assert empty_R.any()
+    assert not arrived.weights_RK[empty_R].any(), "what fills a buffer up has no weight"
+    assert arrived.num_assignments == len(arrived.rows_RD) == arrived.experts_RK.numel()
+
+
+def check_padded_without_limit(mesh: Mesh) -> None:
+    """Evaluation has no limit, so no buffers of fixed size either: whatever comes is computed."""
+    case = Case("evaluation", factor=0.6)
+    padded, plain = (layer_of(case, mesh, True, padded).eval() for padded in (True, False))
+    assert padded.exchange.experts == plain.exchange.experts
+    METER.take_ms()
+    x_BSD = tokens(BATCH, LENGTH, seed=mesh.rank)
+    assert torch.equal(padded(x_BSD).y_BSD, plain(x_BSD).y_BSD)
+    assert METER.calls == 2 * EXCHANGES_PER_FORWARD
+    METER.take_ms()
 
 
 def check_adjoint(mesh: Mesh) -> None:
@@ -127,15 +183,21 @@ def check_layouts(world: World) -> None:
     for ep in (1, 2, 4):
         if world.size % ep == 0:
             mesh = build_mesh(world, ep)
-            for check in (check_equal_to_local, check_identity, check_cost, check_adjoint):
+            for padded in (False, True):
+                check_equal_to_local(mesh, padded)
+                check_identity(mesh, padded)
+            for check in (check_cost, check_padded_cost, check_padded_does_not_wait, check_padded_without_limit):
                 check(mesh)
+            check_adjoint(mesh)
 
 
-def test_groups_of_one_two_and_four_ranks() -> None:
+def test_traps_21_22_29_groups_of_one_two_and_four_ranks() -> None:
     run_ranks(check_layouts, 4)
 
 
 def test_a_layout_without_expert_parallelism_stays_local() -> None:
     with joined(dist.HashStore(), world := World(0, 1, torch.device("cpu"), 30.0)):
-        assert exchange_for(build_mesh(world, 1), EXPERTS) == LocalExchange(EXPERTS)
+        mesh = build_mesh(world, 1)
+        assert exchange_for(mesh, EXPERTS, padded=False) == LocalExchange(EXPERTS)
+        assert exchange_for(mesh, EXPERTS, padded=True).unpadded == LocalExchange(EXPERTS)
         check_layouts(world)

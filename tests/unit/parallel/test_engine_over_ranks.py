@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World
 from moe_train.models.transformer import build_model
+from moe_train.moe.capacity import is_padded
 from moe_train.moe.exchange import exchange_for
 from moe_train.parallel.engine import NonFiniteGradientError, TorchEngine
 from moe_train.training.optim import build_optimizer
@@ -20,7 +21,7 @@ RATE, CLIP_NORM = 1e-2, 0.5
 
 def engine_on(mesh: Mesh) -> TorchEngine:
     config = CASE.config()
-    exchange = exchange_for(mesh, config.model.ffn.num_experts)
+    exchange = exchange_for(mesh, config.model.ffn.num_experts, is_padded(config.model.ffn.capacity))
     model = CASE.prepare(build_model(config.model, VOCAB, exchange, "fp64", torch.device("cpu")))
     return TorchEngine(model, build_optimizer(model, config.optim), mesh)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World, joined
 from moe_train.models.transformer import build_model
+from moe_train.moe.capacity import is_padded
 from moe_train.moe.exchange import exchange_for
 from moe_train.parallel.engine import NonFiniteGradientError, TorchEngine
 from moe_train.training.optim import build_optimizer
@@ -28,7 +29,7 @@ def lone_mesh() -> Iterator[Mesh]:
 
 def engine_on(mesh: Mesh) -> TorchEngine:
     config = CASE.config()
-    exchange = exchange_for(mesh, config.model.ffn.num_experts)
+    exchange = exchange_for(mesh, config.model.ffn.num_experts, is_padded(config.model.ffn.capacity))
     model = CASE.prepare(build_model(config.model, VOCAB, exchange, "fp64", torch.device("cpu")))
     return TorchEngine(model, build_optimizer(model, config.optim), mesh)
 

@@ -1,83 +1,127 @@
 """The sums of a step: packed, added up, and turned into the figures of a record."""
 
-import dataclasses
 import math
+import operator
+from functools import reduce
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import Case
+from torch import Tensor
 
-from moe_train.dist.mesh import build_mesh
-from moe_train.dist.world import World, joined
+from moe_train.dist.mesh import Mesh
+from moe_train.models.transformer import Transformer
 from moe_train.moe.balance import RoutingRecord
+from moe_train.moe.context import RoutingContext
 from moe_train.ops.loss import cross_entropy_sum
-from moe_train.training.tally import Tally, add, layer_figures, pack, unpack
+from moe_train.training.tally import Tally, layer_figures, pack, total_statistics, unpack
 
 
-def record(counts: list[int], dropped: int = 0, dtype: torch.dtype = torch.float64) -> RoutingRecord:
-    generator = torch.Generator().manual_seed(sum(counts))
-    random_E = torch.rand(len(counts) + 3, dtype=torch.float64, generator=generator).to(dtype)
-    return RoutingRecord(torch.tensor(counts), torch.tensor(dropped), random_E[3:], *random_E[:3])
+def record(
+    counts: list[int], *, capacity: int = 0, device: int = 0, router: int = 0, rerouted: int = 0
+) -> RoutingRecord:
+    random = torch.rand(len(counts) + 3, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(counts)))
+    sums = [torch.tensor(number) for number in (capacity, device, router, rerouted)]
+    return RoutingRecord(torch.tensor(counts), *sums, entropy_sum=random[0], statistics=(random[1:2], random[2:]))
+
+
+def run(
+    model: Transformer, tokens_BS: Tensor, labels_BS: Tensor, first: int = 0
+) -> tuple[Tensor, tuple[RoutingRecord, ...]]:
+    """The loss and records of sequences that lie at ``first`` onward in their global batch."""
+    output = model(tokens_BS, RoutingContext(tokens_BS, torch.arange(len(tokens_BS)) + first))
+    return cross_entropy_sum(output.logits_BSV.flatten(0, 1), labels_BS.flatten()), output.records
+
+
+def measured(case: Case, mesh: Mesh, parts: int = 1) -> dict[str, object]:
+    """The figures of one batch in so many micro-batches."""
+    model, (tokens_BS, labels_BS) = case.whole_model(), case.batches()[0]
+    tally = Tally(model.moe_layers)
+    for rows in torch.arange(len(tokens_BS)).chunk(parts):
+        tally.add(*run(model, tokens_BS[rows], labels_BS[rows], int(rows[0])))
+    return tally.measure(tokens_BS.numel(), mesh)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 2**52), min_size=1, max_size=9), st.integers(0, 2**52))
 def test_pack_and_unpack_are_inverse_and_exact(counts: list[int], dropped: int) -> None:
-    original = record(counts, dropped)
-    copy = unpack(pack(original), len(counts))
-    for field in dataclasses.fields(RoutingRecord):
-        assert torch.equal(getattr(copy, field.name), getattr(original, field.name).double()), field.name
+    original = record(counts, capacity=dropped).tensors()
+    copy = unpack(pack(original), original)
+    for a, b in zip(copy, original, strict=True):
+        assert torch.equal(a, b.double())
 
 
-def test_records_add_up_field_by_field() -> None:
-    a, b = record([1, 2]), record([3, 4])
-    total = add(a, b)
-    for field in dataclasses.fields(RoutingRecord):
-        expected = getattr(a, field.name) + getattr(b, field.name)
-        assert torch.equal(getattr(total, field.name), expected), field.name
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=3, max_size=3), st.integers(2, 4))
+def test_trap_12_records_add_up_and_stay_as_they_are(counts: list[int], parts: int) -> None:
+    """A sum that changed what it adds would be seen by whoever reads it next."""
+    records = [record([count + part for count in counts], rerouted=part) for part in range(parts)]
+    before = [[tensor.clone() for tensor in one.tensors()] for one in records]
+    total = reduce(operator.add, records)
+    for place, tensor in enumerate(total.tensors()):
+        assert torch.allclose(tensor, sum(tensors[place] for tensors in before), rtol=1e-15)
+    assert all(
+        torch.equal(a, b)
+        for one, kept in zip(records, before, strict=True)
+        for a, b in zip(one.tensors(), kept, strict=True)
+    )
 
 
-def test_a_tally_keeps_no_graph() -> None:
+def test_a_tally_keeps_no_graph_and_changes_no_record() -> None:
     model, (tokens_BS, labels_BS) = Case("top-2").whole_model(), Case("top-2").batches()[0]
-    output = model(tokens_BS)
     tally = Tally(model.moe_layers)
-    tally.add(cross_entropy_sum(output.logits_BSV.flatten(0, 1), labels_BS.flatten()), output.records)
+    loss_sum, records = run(model, tokens_BS, labels_BS)
+    before = [[tensor.clone() for tensor in one.tensors()] for one in records]
+    tally.add(loss_sum, records)
+    tally.add(loss_sum, records)
     assert tally.loss_sum is not None
     assert not tally.loss_sum.requires_grad
-    assert not any(value.requires_grad for kept in tally.records for value in vars(kept).values())
+    assert not any(tensor.requires_grad for kept in tally.records for tensor in kept.tensors())
+    assert all(
+        torch.equal(a, b)
+        for one, kept in zip(records, before, strict=True)
+        for a, b in zip(one.tensors(), kept, strict=True)
+    )
+    assert any(tensor.requires_grad for one in records for tensor in one.tensors()), "backward comes after"
 
 
 def test_figures_of_a_layer() -> None:
-    figures = layer_figures(record([6, 2, 0, 0], dropped=2), tokens=4)
+    figures = layer_figures(record([6, 2, 0, 0], capacity=2, rerouted=1), 4, None)
     assert figures["load"] == [0.75, 0.25, 0.0, 0.0]
     assert figures["dropped_fraction"] == 0.25
+    assert figures["rerouted_fraction"] == 0.125
     assert figures["max_violation"] == pytest.approx(2.0)
     assert figures["dead_experts"] == 2
+    assert "bias_range" not in figures
 
 
-def test_figures_of_a_layer_without_tokens_are_finite() -> None:
-    figures = layer_figures(record([0, 0]), tokens=4)
-    assert figures["load"] == [0.0, 0.0]
+def test_drops_are_told_apart_by_cause_and_add_up() -> None:
+    figures = layer_figures(record([8, 8], capacity=1, device=2, router=5), 8, None)
+    causes = {name: figures[f"dropped_{name}_fraction"] for name in ("capacity", "device", "router")}
+    assert causes == {"capacity": 1 / 16, "device": 2 / 16, "router": 5 / 16}
+    assert figures["dropped_fraction"] == sum(causes.values())
+
+
+def test_the_range_of_the_biases() -> None:
+    figures = layer_figures(record([1, 1]), 1, torch.tensor([0.25, -0.5, 0.0]))
+    assert figures["bias_range"] == 0.75
+
+
+def test_trap_13_figures_of_a_layer_without_tokens_are_finite() -> None:
+    """A step of padding alone."""
+    figures = layer_figures(record([0, 0]), 4, torch.zeros(2))
+    assert figures.pop("load") == [0.0, 0.0]
+    assert all(math.isfinite(value) for value in figures.values())
     assert figures["dropped_fraction"] == 0.0
 
 
-def test_two_micro_batches_measure_as_one() -> None:
-    case = Case("every third layer", ("model.layers=3", "model.ffn.every=3"), zero_router=True)
-    model, (tokens_BS, labels_BS) = case.whole_model(), case.batches()[0]
-    measured = []
-    with joined(dist.HashStore(), world := World(0, 1, torch.device("cpu"), 30.0)):
-        mesh = build_mesh(world, 1)
-        for parts in (1, 2):
-            tally = Tally(model.moe_layers)
-            for rows in torch.arange(len(tokens_BS)).chunk(parts):
-                output = model(tokens_BS[rows])
-                loss_sum = cross_entropy_sum(output.logits_BSV.flatten(0, 1), labels_BS[rows].flatten())
-                tally.add(loss_sum, output.records)
-            measured.append(tally.measure(tokens_BS.numel(), mesh))
-    whole, halves = measured
+@pytest.mark.parametrize("extras", [(), ("balance.aux.scope=sequence",), ("balance.importance_load.load_coef=0.0",)])
+def test_trap_15_two_micro_batches_measure_as_one(lone_mesh: Mesh, extras: tuple[str, ...]) -> None:
+    """What is logged does not depend on accumulation."""
+    case = Case("every third layer", ("model.layers=3", "model.ffn.every=3", *extras), zero_router=True)
+    whole, halves = measured(case, lone_mesh), measured(case, lone_mesh, parts=2)
     assert whole.keys() == halves.keys()
     for name, value in whole.items():
         assert halves[name] == pytest.approx(value, rel=1e-12), name
@@ -87,3 +131,39 @@ def test_two_micro_batches_measure_as_one() -> None:
     assert whole["moe/layer_02/entropy"] == pytest.approx(math.log(experts))
     assert whole["moe/layer_02/load"] == [0.5, 0.5, 0.0, 0.0], "the depth of the layer, not its number among the MoE"
     assert "moe/layer_00/load" not in whole
+
+
+def test_trap_14_the_reported_loss_is_the_cross_entropy_alone(lone_mesh: Mesh) -> None:
+    """However large the balance losses and their weights are."""
+    heavy = Case("heavy losses", ("balance.aux.coef=100.0", "balance.z_loss.coef=100.0"))
+    light = Case("no losses", ("balance.aux.coef=0.0", "balance.z_loss.coef=0.0"))
+    model, (tokens_BS, labels_BS) = heavy.whole_model(), heavy.batches()[0]
+    expected = run(model, tokens_BS, labels_BS)[0].item() / tokens_BS.numel()
+    figures = [measured(case, lone_mesh) for case in (heavy, light)]
+    assert figures[0]["loss"] == figures[1]["loss"] == pytest.approx(expected, rel=1e-14)
+    assert figures[0]["aux_loss"] == figures[1]["aux_loss"] > 0.5, "reported beside it, unweighted"
+
+
+def test_every_configured_loss_is_reported_by_its_name(lone_mesh: Mesh) -> None:
+    losses = ("balance.importance_load.load_coef=0.0", "balance.device.devices=2", "balance.communication.devices=2")
+    figures = measured(Case("all losses", losses), lone_mesh)
+    assert {name for name in figures if name.endswith("_loss")} == {
+        "aux_loss", "z_loss", "importance_loss", "load_loss", "device_loss", "communication_loss",
+    }  # fmt: skip
+    plain = measured(Case("top-2"), lone_mesh)
+    assert {name for name in plain if name.endswith("_loss")} == {"aux_loss", "z_loss"}
+
+
+def test_trap_37_a_model_without_experts_is_measured_too(lone_mesh: Mesh) -> None:
+    """Nothing waits for layers that are not there."""
+    assert measured(Case("dense", ("model=dense_tiny", "model.ffn.num_experts=0")), lone_mesh).keys() == {"loss"}
+    assert total_statistics([], lone_mesh) == []
+
+
+def test_statistics_are_told_apart_by_layer_and_loss(lone_mesh: Mesh) -> None:
+    model, (tokens_BS, labels_BS) = Case("top-2").whole_model(), Case("top-2").batches()[0]
+    _, records = run(model, tokens_BS, labels_BS)
+    totals = total_statistics(records, lone_mesh)
+    assert len(totals) == len(records) == 2
+    for total, one in zip(totals, records, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(total, one.statistics, strict=True))

@@ -1,0 +1,93 @@
+"""What a layer knows of its tokens beside their vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from moe_train.dist.peers import Alone, Peers
+from moe_train.ops.random import derive_seed, random_bits, uniform
+
+
+class Purpose(IntEnum):
+    """What a random draw is for: each purpose has numbers of its own."""
+
+    JITTER = 1
+    NOISE = 2
+    SECOND_EXPERT = 3
+    DISPATCH = 4
+    EXPERT_DROPOUT = 5
+    OVERFLOW = 6
+    EXEMPTION = 7
+
+
+@dataclass(frozen=True)
+class RoutingContext:
+    """The tokens of one forward pass.
+
+    Attributes:
+        ids_BS: [B, S] int64 token ids; for a layer alone, which has none, their places.
+        sequences_B: [B] int64, each sequence's place in the global batch of the optimizer step: the same on every
+            layout, so that what is drawn for a token is too.
+        valid_BS: [B, S] bool, False for padding, which visits no expert and counts nowhere; None when all are valid.
+        seed: of the draws of this step and layer.
+        peers: the ranks that hold the rest of the batch.
+    """
+
+    ids_BS: Tensor
+    sequences_B: Tensor
+    valid_BS: Tensor | None = None
+    seed: int = 0
+    peers: Peers = field(default_factory=Alone)
+
+    @staticmethod
+    def of(ids_BS: Tensor, valid_BS: Tensor | None = None) -> RoutingContext:
+        """Return the context of a batch that is whole in this process, with draws from seed 0."""
+        return RoutingContext(ids_BS, torch.arange(ids_BS.shape[0], device=ids_BS.device), valid_BS)
+
+    def at_layer(self, depth: int) -> RoutingContext:
+        """Return the context in a layer: its draws are its own."""
+        return replace(self, seed=derive_seed(self.seed, depth))
+
+    @property
+    def length(self) -> int:
+        """Positions S of a sequence."""
+        return self.ids_BS.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens T of this pass on this rank, padding included."""
+        return self.ids_BS.numel()
+
+    @property
+    def valid_T(self) -> Tensor:
+        """[T] bool, False for padding."""
+        if self.valid_BS is None:
+            return torch.ones(self.num_tokens, dtype=torch.bool, device=self.ids_BS.device)
+        return self.valid_BS.flatten()
+
+    @property
+    def places_T(self) -> Tensor:
+        """[T] int64, each token's place in the global batch: sequence · S + position."""
+        positions_S = torch.arange(self.length, device=self.ids_BS.device)
+        return (self.sequences_B.unsqueeze(1) * self.length + positions_S).flatten()
+
+    def uniform(self, purpose: Purpose, num: int) -> Tensor:
+        """Return ``num`` fp32 numbers in (0, 1) for each token: [T, num]."""
+        return uniform(derive_seed(self.seed, purpose), self.counters(self.places_T, num))
+
+    def bits(self, purpose: Purpose, num: int) -> Tensor:
+        """Return ``num`` random int64 for each token: [T, num]."""
+        return random_bits(derive_seed(self.seed, purpose), self.counters(self.places_T, num))
+
+    def uniform_per_sequence(self, purpose: Purpose) -> Tensor:
+        """Return one fp32 number in (0, 1) for each sequence: [B]."""
+        return uniform(derive_seed(self.seed, purpose), self.sequences_B)
+
+    @staticmethod
+    def counters(places_T: Tensor, num: int) -> Tensor:
+        """Return the numbers of the draws of each token: place · num + 0 ... num - 1."""
+        return places_T.unsqueeze(1) * num + torch.arange(num, device=places_T.device)
