@@ -14,7 +14,7 @@ ORDER = [
     {"ops"},
     {"moe"},
     {"models"},
-    {"data", "parallel", "observe"},
+    {"data", "parallel", "observe", "layers"},
     {"checkpoint"},
     {"training", "planning", "inference", "interop", "benchmark", "agents"},
 ]
