@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from moe_train.config.routing import AuxLossConfig, DeviceCapacityConfig, GroupLimitedRouterConfig, ZLossConfig
+from moe_train.config.routing import AuxLossConfig, GroupLimitedRouterConfig, ZLossConfig
 from moe_train.config.schema import FFNConfig
 from moe_train.moe.capacity import Plan
 from moe_train.moe.context import RoutingContext
@@ -135,13 +135,12 @@ class RoutingRecord:
         given_up = tokens.assigned_E.new_zeros(()) if declined is None else declined.sum()
         overflow = tokens.chosen_TK.sum() - given_up - plan.kept_TK.sum()  # padding is never kept
         none = torch.zeros_like(overflow)
-        by_device = isinstance(balance.ffn.capacity, DeviceCapacityConfig)
         probabilities_TE = routing.probabilities_TE.detach()
         entropy_T = -torch.xlogy(probabilities_TE, probabilities_TE).sum(dim=1)
         return RoutingRecord(
             counts_E=tokens.assigned_E,
-            dropped_capacity=none if by_device else overflow,
-            dropped_device=overflow if by_device else none,
+            dropped_capacity=none if plan.device_limited else overflow,
+            dropped_device=overflow if plan.device_limited else none,
             dropped_router=given_up,
             rerouted=none if plan.rerouted_TK is None else plan.rerouted_TK.sum(),
             entropy_sum=(entropy_T * context.valid_T).sum(dtype=torch.float64),

@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_train.dist.comm import all_to_all_rows, exchange_counts
 from moe_train.dist.mesh import Mesh
 from moe_train.moe.capacity import Plan
+from moe_train.moe.queues import count
 from moe_train.ops.permute import RowMap, gather_rows, map_rows, sum_rows
 from moe_train.ops.slots import SlotMap, fill_slots, map_slots, sum_slots
 
@@ -147,7 +148,7 @@ class AllToAllExchange:
     def agree_on_counts(self, home_TK: Tensor, visits_TP: Tensor) -> tuple[list[int], list[int], int]:
         """Tell every rank how many rows and assignments come; return rows sent, rows received, assignments here."""
         num_ranks = self.group.size()
-        assigned_P = torch.bincount(home_TK.flatten(), minlength=num_ranks + 1)[:num_ranks]
+        assigned_P = count(home_TK, num_ranks)
         outgoing_P2 = torch.stack([visits_TP.sum(dim=0), assigned_P], dim=1)
         incoming_P2 = exchange_counts(outgoing_P2, self.group)
         table = torch.stack([outgoing_P2[:, 0], incoming_P2[:, 0], incoming_P2[:, 1]]).tolist()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_train.config.routing import Scope
 from moe_train.moe.context import RoutingContext
+from moe_train.moe.queues import count
 from moe_train.moe.routing import Routing
 
 
@@ -67,7 +68,7 @@ class RoutedTokens:
         sequence_T = torch.arange(experts_TM.shape[0], device=experts_TM.device) // self.context.length
         num_cells = (experts_TM.shape[0] // self.context.length) * num_experts
         cells_TM = torch.where(counted_TM, sequence_T.unsqueeze(1) * num_experts + experts_TM, num_cells)
-        return torch.bincount(cells_TM.flatten(), minlength=num_cells + 1)[:num_cells].view(-1, num_experts)
+        return count(cells_TM, num_cells).view(-1, num_experts)
 
     def visits(self, devices: int) -> Tensor:
         """Return [B, devices] int64: the tokens of each sequence with a choice among the experts of each device."""
