@@ -12,6 +12,11 @@ import pytest
 from launch import Ended, assert_same_tensors, checkpoint_path, curve, good_steps, records, run, stop_at
 
 STEPS = 40
+WITH_MEMORY = [
+    "model/ffn/balance=[aux,z_loss,loss_free]", "model.ffn.router.jitter=0.05", "model.ffn.router.expert_dropout=0.1",
+    "model/ffn/capacity=random",
+]  # fmt: skip
+"""Biases that steps move, and draws: both must go on where they were."""
 ASKED_AT = (1, 8, 16)
 """Steps after which the run is asked to stop; it does one or two more."""
 
@@ -36,7 +41,7 @@ class Twins:
 @pytest.fixture(scope="module")
 def twins(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Twins:
     folder = tmp_path_factory.mktemp("resume")
-    settings = [*tiny, f"train.steps={STEPS}", "checkpoint.every=15", "checkpoint.keep=9"]
+    settings = [*tiny, f"train.steps={STEPS}", "checkpoint.every=15", "checkpoint.keep=9", *WITH_MEMORY]
     run("train", [*settings, "run.dir=whole"], folder)
     stops = [stop_at(step, signal.SIGTERM, settings, folder / "stopped") for step in ASKED_AT]
     run("train", [*settings, "run.dir=stopped"], folder)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_train.moe.context import RoutingContext
+from moe_train.moe.queues import count
 from moe_train.moe.routers.linear import LinearRouter
 from moe_train.moe.routing import Routing
 from moe_train.ops.topk import top_k
@@ -88,7 +89,7 @@ def places_by_bid(experts_N: Tensor, bids_N: Tensor, num_experts: int) -> Tensor
     """Return each row's place [N] among the bidders of its expert, from 0 for the highest; among equals by index."""
     order_N = bids_N.argsort(descending=True, stable=True)
     order_N = order_N[experts_N[order_N].argsort(stable=True)]
-    counts_E = torch.bincount(experts_N, minlength=num_experts)
+    counts_E = count(experts_N, num_experts)
     starts_E = counts_E.cumsum(dim=0) - counts_E
     places_N = torch.empty_like(order_N)
     places_N[order_N] = torch.arange(order_N.numel(), device=order_N.device) - starts_E[experts_N[order_N]]

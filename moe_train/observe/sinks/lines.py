@@ -9,7 +9,7 @@ from moe_train.observe.records import ExpertHealth, Record, expert_health, finit
 NONE = "-"
 LEGEND = (
     "tok/s: tokens per second over all ranks | mfu: share of peak FLOP/s | mem: peak GiB | data: share of step waiting "
-    "for data | imb: worst layer's max/mean expert load | drop: assignments over capacity"
+    "for data | imb: worst layer's max/mean expert load | drop: assignments dropped"
 )
 
 

@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 
 
-def train_record(step: int, layers: int = 4, experts: int = 8, drop: float = 0.0, seed: int = 0) -> dict[str, Any]:
+def causes(prefix: str, dropped: float) -> dict[str, float]:
+    """Drops for full experts and by the router, none for full devices, and as many rerouted as dropped."""
+    return {
+        f"{prefix}/dropped_capacity_fraction": 0.75 * dropped,
+        f"{prefix}/dropped_device_fraction": 0.0,
+        f"{prefix}/dropped_router_fraction": 0.25 * dropped,
+        f"{prefix}/rerouted_fraction": dropped,
+    }
+
+
+def train_record(
+    step: int, layers: int = 4, experts: int = 8, drop: float = 0.0, bias: bool = False, seed: int = 0
+) -> dict[str, Any]:
     """A train record with a falling loss; the experts of deeper layers start out more uneven and even out."""
     random = np.random.default_rng([seed, step])
     record: dict[str, Any] = {
@@ -41,6 +53,10 @@ def train_record(step: int, layers: int = 4, experts: int = 8, drop: float = 0.0
         record[f"{prefix}/max_violation"] = float(load.max() * experts - 1)
         record[f"{prefix}/entropy"] = math.log(experts) * (1 - 0.5 * (1 - math.exp(-step / 150)) * (layer + 1) / layers)
         record[f"{prefix}/dead_experts"] = int((load == 0).sum())
+        if drop:
+            record |= causes(prefix, record[f"{prefix}/dropped_fraction"])
+        if bias:
+            record[f"{prefix}/bias_range"] = 0.2 * (1 - math.exp(-step / 100)) * (1 + layer / layers)
     return record
 
 
@@ -79,4 +95,4 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything in it, to be read only."""
-    return write_run(tmp_path_factory.mktemp("whole") / "run", drop=0.05)
+    return write_run(tmp_path_factory.mktemp("whole") / "run", drop=0.05, bias=True)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from moe_train.observe.report.figures import (
     balance,
+    bias_range,
     dropped,
     entropy,
     expert_load,
     loss,
+    overflow,
     step_time,
     throughput,
 )
@@ -42,7 +44,9 @@ FIGURES: tuple[FigureModule, ...] = (
     step_time,
     expert_load,
     balance,
+    bias_range,
     dropped,
+    overflow,
     entropy,
 )
 """All figures, in the order of the page."""

@@ -1,4 +1,4 @@
-"""The share of assignments that found no room at their expert."""
+"""The share of assignments that were dropped, whatever the cause."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Dropped assignments"
-CAPTION = "Share of each layer's token-to-expert assignments that were over capacity and skipped their expert."
+CAPTION = "Share of each layer's token-to-expert assignments that were dropped: their tokens skipped their expert."
 ABSENT = "No assignment was dropped."
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from moe_train.observe.report import RunRecord
 from moe_train.observe.report.drawing import MOST_POINTS, STYLE, embed, smoothed, thinned
-from moe_train.observe.report.figures import FIGURES, expert_load
+from moe_train.observe.report.figures import FIGURES, bias_range, dropped, expert_load, overflow
 from moe_train.observe.report.figures.expert_load import binned
 from moe_train.observe.report.figures.loss import unigram_loss
 from moe_train.observe.report.record import Series
@@ -50,7 +50,7 @@ def test_no_figure_is_drawn_from_unknown_values(module, record, tmp_path):
 @pytest.mark.parametrize("module", FIGURES, ids=names)
 @pytest.mark.parametrize("shape", [{"steps": 1, "every": 1}, {"steps": 20, "layers": 1}, {"steps": 20, "layers": 9}])
 def test_figures_of_odd_shapes(module, shape, make_run):
-    figure = module.draw(RunRecord.load(make_run(drop=0.1, **shape)))
+    figure = module.draw(RunRecord.load(make_run(drop=0.1, bias=True, **shape)))
     assert figure is not None
     figure.draw_without_rendering()
 
@@ -91,10 +91,50 @@ def test_the_heat_map_averages_over_time():
     assert binned(load, 0).shape == (1, 2)
 
 
-def test_dropless_runs_have_no_figure_of_drops(make_run):
-    run = RunRecord.load(make_run(steps=100, drop=0.0))
+@pytest.mark.parametrize(
+    ("options", "absent"),
+    [
+        ({}, ["Range of the selection bias", "Dropped assignments", "Overflow by cause"]),
+        ({"bias": True}, ["Dropped assignments", "Overflow by cause"]),
+        ({"drop": 0.05}, ["Range of the selection bias"]),
+    ],
+    ids=["plain", "bias", "drops"],
+)
+def test_drops_and_bias_are_drawn_only_where_there_are_any(options, absent, make_run):
+    run = RunRecord.load(make_run(steps=100, **options))
     drawn = {module.TITLE: module.draw(run) for module in FIGURES}
-    assert [title for title, figure in drawn.items() if figure is None] == ["Dropped assignments"]
+    assert [title for title, figure in drawn.items() if figure is None] == absent
+
+
+def test_drops_of_records_from_before_the_causes_are_still_drawn(make_run):
+    run_dir = make_run(steps=100, drop=0.05)
+    path = run_dir / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    new = tuple(overflow.CAUSES)
+    old = [{key: value for key, value in record.items() if not key.endswith(new)} for record in records]
+    path.write_text("".join(json.dumps(record) + "\n" for record in old))
+    run = RunRecord.load(run_dir)
+    assert dropped.draw(run) is not None and overflow.draw(run) is None
+
+
+def test_the_overflow_figure_shows_each_cause_that_occurred_as_a_mean_over_layers(make_run):
+    run = RunRecord.load(make_run(steps=100, layers=2, drop=0.1))
+    figure = overflow.draw(run)
+    assert figure is not None
+    lines = lines_of(figure.axes[0])
+    assert list(lines) == ["dropped: expert full", "dropped: by the router", "rerouted"]
+    mean = [np.mean([record[f"moe/layer_0{layer}/dropped_fraction"] for layer in range(2)]) for record in run.train]
+    np.testing.assert_allclose(lines["rerouted"][:, 1], mean)
+    np.testing.assert_allclose(lines["dropped: by the router"][:, 1], 0.25 * np.array(mean))
+
+
+def test_the_bias_figure_has_a_line_per_layer(make_run):
+    run = RunRecord.load(make_run(steps=100, layers=3, bias=True))
+    figure = bias_range.draw(run)
+    assert figure is not None
+    lines = lines_of(figure.axes[0])
+    assert list(lines) == ["layer 00", "layer 01", "layer 02"]
+    np.testing.assert_allclose(lines["layer 01"][:, 1], [record["moe/layer_01/bias_range"] for record in run.train])
 
 
 def test_thinning_keeps_both_ends():

@@ -62,6 +62,14 @@ def test_the_line_of_a_train_record(tmp_path):
     ]
 
 
+def test_new_figures_of_routing_do_not_lengthen_the_line(tmp_path):
+    causes = {f"moe/layer_00/{name}": 0.2 for name in ("dropped_capacity_fraction", "rerouted_fraction", "bias_range")}
+    plain, rich = io.StringIO(), io.StringIO()
+    started(plain, tmp_path).write(RECORD)
+    started(rich, tmp_path).write(RECORD | causes | {"importance_loss": 0.5, "device_loss": 1.0})
+    assert rich.getvalue() == plain.getvalue()
+
+
 def test_what_is_unknown_is_a_dash_and_a_dense_model_has_no_expert_fields(tmp_path):
     stream = io.StringIO()
     started(stream, tmp_path).write({"kind": "train", "step": 1, "loss": float("nan"), "mfu": None})

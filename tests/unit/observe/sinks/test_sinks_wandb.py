@@ -115,6 +115,14 @@ def test_names_of_a_train_record():
     }
 
 
+def test_new_balance_losses_are_logged_and_causes_of_drops_stay_in_the_file():
+    causes = {"dropped_capacity_fraction": 0.1, "rerouted_fraction": 0.2, "bias_range": 0.3}
+    layer = {f"moe/layer_07/{name}": value for name, value in causes.items()}
+    losses = {"importance_loss": 0.5, "load_loss": 0.25, "device_loss": 1.0, "communication_loss": None}
+    extra = wandb_values(TRAIN | layer | losses).items() - wandb_values(TRAIN).items()
+    assert dict(extra) == {"train/importance_loss": 0.5, "train/load_loss": 0.25, "train/device_loss": 1.0}
+
+
 def test_names_of_eval_and_event():
     record = {"kind": "eval", "step": 20, "loss": 3.1, "perplexity": 22.2, "bits_per_byte": 2.0}
     assert wandb_values(record) == {"val/loss": 3.1, "val/perplexity": 22.2, "val/bits_per_byte": 2.0}

@@ -1,0 +1,62 @@
+"""What a training step leaves behind is in its checkpoint, whole, and any layout takes it up (trap 33)."""
+
+from pathlib import Path
+
+import torch
+from layouts import RATES, VOCAB, Case, gathered, rank_batches
+from spawn import run_ranks
+
+from moe_train.checkpoint.manager import CheckpointManager
+from moe_train.checkpoint.reader import open_at
+from moe_train.checkpoint.state import CheckpointState
+from moe_train.dist.mesh import Mesh, build_mesh
+from moe_train.dist.world import World
+from moe_train.models.transformer import build_model
+from moe_train.moe.exchange import exchange_for
+from moe_train.parallel.engine import TorchEngine
+from moe_train.training.optim import build_optimizer
+from moe_train.training.step import train_step
+
+CASE = Case("loss-free bias", ("router.kind=sigmoid", "balance.loss_free.rate=0.25"))
+
+
+def engine_on(world: World, mesh: Mesh) -> TorchEngine:
+    config = CASE.config()
+    exchange = exchange_for(mesh, config.model.ffn.num_experts, padded=False)
+    model = CASE.prepare(build_model(config.model, VOCAB, exchange, "fp32", world.device))
+    return TorchEngine(model, build_optimizer(model, config.optim), mesh)
+
+
+def whole_state(engine: TorchEngine, mesh: Mesh) -> dict[str, torch.Tensor]:
+    """Weights, both moments and biases, experts of all ranks together."""
+    state = {f"model.{k}": v for k, v in gathered(engine.model, mesh, lambda p: p).items()}
+    for moment in ("exp_avg", "exp_avg_sq"):
+        found = gathered(engine.model, mesh, lambda p, moment=moment: engine.optimizer.state[p][moment])
+        state |= {f"{moment}.{k}": v for k, v in found.items()}
+    return state | {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
+
+
+def save_at_ep_4_and_load_everywhere(world: World, folder: Path) -> dict[int, list[str]]:
+    torch.set_num_threads(1)
+    mesh = build_mesh(world, 4)
+    engine = engine_on(world, mesh)
+    batch = CASE.batches()[0]
+    tokens = batch[1].numel()
+    train_step(engine, mesh, rank_batches(batch, world.rank, world.size, 1), tokens, RATES[0], 0.5, seed=0)
+    state = CheckpointState(engine.tensors(), engine.expert_keys(), {"step": 1}, None)
+    path = CheckpointManager(folder, world, mesh, keep=1).save(1, state)
+    truth = whole_state(engine, mesh)
+    assert any(name.endswith("router.bias_E") and value.any() for name, value in truth.items())
+    wrong = {}
+    for ep in (1, 2, 4):
+        mesh = build_mesh(world, ep)
+        engine = engine_on(world, mesh)
+        open_at(path, world, mesh).fill(engine.tensors(), engine.expert_keys())
+        found = whole_state(engine, mesh)
+        wrong[ep] = [name for name in truth if not torch.equal(found[name], truth[name])]
+    return wrong
+
+
+def test_weights_moments_and_biases_saved_at_ep_4_load_at_ep_1_2_and_4(tmp_path: Path) -> None:
+    for wrong in run_ranks(save_at_ep_4_and_load_everywhere, 4, tmp_path):
+        assert wrong == {1: [], 2: [], 4: []}
