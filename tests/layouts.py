@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -43,8 +43,8 @@ class Case:
         zero_router: equal logits: every token chooses the experts with the lowest indices.
         start_bias: size of the biases of loss-free balancing before the first step.
         padding: none, uneven, or whole ranks without a valid token.
-        truth: oracle, or one rank: the product's own run there (a router whose choice is not unique to the last digit).
-        text: random; distinct, with no first token twice, so that no two tokens are alike; or one sequence for all.
+        text: random; the same sequence everywhere; or sequences that repeat one token, so that tokens are equal.
+        truth: oracle; or one rank: the product's own run there, for a router whose best choice is not unique.
     """
 
     name: str
@@ -59,7 +59,13 @@ class Case:
         return self.name
 
     def config(self) -> TrainConfig:
-        return composed(self.overrides)
+        return self.composed
+
+    @cached_property
+    def composed(self) -> TrainConfig:
+        """Travels with the case to the ranks, which need not compose it again."""
+        full = [f"model.ffn.{key}" if key.startswith(SECTIONS) else key for key in self.overrides]
+        return compose_config("train", TrainConfig, lambda config: [], [*SMALL, *full])
 
     def split(self, world_size: int, accumulation: int) -> Split:
         """What the truth has to know of a layout: nothing, but for rules that count over a pass or over a rank."""
@@ -75,10 +81,10 @@ class Case:
         made = []
         for _ in range(STEPS):
             text = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=generator)
-            if self.text == "distinct":
-                text[:, 0] = torch.randperm(VOCAB, generator=generator)[:BATCH]
             if self.text == "one sequence":
                 text[:] = text[0]
+            if self.text == "one token per sequence":
+                text[:] = text[:, :1]
             tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
             if self.padding == "uneven":
                 lengths = torch.randint(0, LENGTH + 1, (BATCH,), generator=generator)
@@ -106,13 +112,6 @@ class Case:
         return self.prepare(
             build_model(model, VOCAB, LocalExchange(model.ffn.num_experts), "fp64", torch.device("cpu"))
         )
-
-
-@cache
-def composed(overrides: tuple[str, ...]) -> TrainConfig:
-    """The configuration of a case."""
-    full = [f"model.ffn.{key}" if key.startswith(SECTIONS) else key for key in overrides]
-    return compose_config("train", TrainConfig, lambda config: [], [*SMALL, *full])
 
 
 def counts_over(ffn: FFNConfig) -> str:

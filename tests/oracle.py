@@ -72,32 +72,30 @@ def attention(config, x_SD: Tensor, qkv: Tensor, out: Tensor) -> Tensor:
     width = config.dim // config.heads
     groups = config.attention.kv_heads or config.heads
     length = x_SD.shape[0]
-    heads = [row.unbind() for row in (x_SD @ qkv.t()).view(length, -1, width).unbind()]
-
-    def turned(v_W: Tensor, position: int) -> Tensor:
-        half = width // 2
+    half = width // 2
+    queries, keys, values = [], [], []
+    for position, row_HW in enumerate((x_SD @ qkv.t()).view(length, -1, width).unbind()):
         angles = [position * config.attention.rope_theta ** (-2 * (i % half) / width) for i in range(width)]
-        cos, sin = (torch.tensor([f(a) for a in angles], dtype=v_W.dtype) for f in (math.cos, math.sin))
-        return v_W * cos + torch.cat([-v_W[half:], v_W[:half]]) * sin
-
-    keys = [[turned(heads[j][config.heads + g], j) for j in range(length)] for g in range(groups)]
-    values = [[heads[j][config.heads + groups + g] for j in range(length)] for g in range(groups)]
+        cos_W, sin_W = (torch.tensor([f(a) for a in angles], dtype=x_SD.dtype) for f in (math.cos, math.sin))
+        turned_HW = row_HW * cos_W + torch.cat([-row_HW[:, half:], row_HW[:, :half]], dim=1) * sin_W
+        queries.append(turned_HW[: config.heads].unbind())
+        keys.append(turned_HW[config.heads : config.heads + groups].unbind())
+        values.append(row_HW[config.heads + groups :].unbind())
     rows = []
     for s in range(length):
         parts = []
         for h in range(config.heads):
             g = h // (config.heads // groups)
-            scores = torch.stack(keys[g][: s + 1]) @ turned(heads[s][h], s) / math.sqrt(width)
-            parts.append(scores.softmax(0) @ torch.stack(values[g][: s + 1]))
+            scores = torch.stack([keys[j][g] for j in range(s + 1)]) @ queries[s][h] / math.sqrt(width)
+            parts.append(scores.softmax(0) @ torch.stack([values[j][g] for j in range(s + 1)]))
         rows.append(torch.cat(parts))
     return torch.stack(rows) @ out.t()
 
 
 def swiglu(x_D: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Weights as [in, out]."""
-    hidden = gate_up.shape[1] // 2
-    gate = x_D @ gate_up[:, :hidden]
-    return (gate * torch.sigmoid(gate) * (x_D @ gate_up[:, hidden:])) @ down
+    gate, up = (x_D @ gate_up).chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up) @ down
 
 
 @dataclass

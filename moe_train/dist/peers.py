@@ -68,6 +68,6 @@ class Together:
     def gather(self, x_TD: Tensor) -> tuple[Tensor, int]:
         """Return all ranks' rows in order of ranks, and the index of this rank's first."""
         x_TD = x_TD.detach().contiguous()
-        out = x_TD.new_empty((self.group.size() * x_TD.shape[0], *x_TD.shape[1:]))
-        dist.all_gather_into_tensor(out, x_TD, group=self.group)
-        return out, self.group.rank() * x_TD.shape[0]
+        parts = [torch.empty_like(x_TD) for _ in range(self.group.size())]
+        dist.all_gather(parts, x_TD, group=self.group)
+        return torch.cat(parts), self.group.rank() * x_TD.shape[0]

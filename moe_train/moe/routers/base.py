@@ -43,7 +43,8 @@ class BaseRouter(LinearRouter):
 
     def assign(self, ranking_TE: Tensor, context: RoutingContext) -> Tensor:
         """Return this rank's part [T, 1] of the assignment of all ranks' valid tokens; padding goes to expert 0."""
-        scores_NE, first = context.peers.gather(ranking_TE)
+        # As fp32 numbers: in fp64 the last digits of equal tokens depend on the layout, and would decide.
+        scores_NE, first = context.peers.gather(ranking_TE.to(torch.float32))
         valid_N, _ = context.peers.gather(context.valid_T)
         experts_N = torch.zeros_like(valid_N, dtype=torch.int64)
         experts_N[valid_N] = balanced_assignment(scores_NE[valid_N])

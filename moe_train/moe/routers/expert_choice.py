@@ -42,7 +42,8 @@ class ExpertChoiceRouter(LinearRouter):
         ranking_BSE = ranking_TE.view(-1, context.length, self.num_experts)
         lengths_B = context.valid_T.view(-1, context.length).sum(dim=1)
         limits_B = (lengths_B * self.top_k // self.num_experts).clamp(min=1)
-        order_BSE = ranking_BSE.argsort(dim=1, descending=True, stable=True)
+        # As fp32 numbers: in fp64 the last digits of equal tokens depend on the layout, and would decide.
+        order_BSE = ranking_BSE.to(torch.float32).argsort(dim=1, descending=True, stable=True)
         places_BSE = order_BSE.argsort(dim=1)
         taken_BSE = (places_BSE < limits_B.view(-1, 1, 1)) & ranking_BSE.isfinite()
         return taken_BSE.view_as(ranking_TE)

@@ -1,0 +1,138 @@
+"""The cases of the layout contract: every router, balance loss and capacity rule, each with several of the others."""
+
+from layouts import Case
+
+OFF = ("balance.aux=null", "balance.z_loss=null")
+EIGHT = ("model.ffn.num_experts=8", "model.layers=1")
+TOP_1 = ("model.ffn.top_k=1",)
+V2 = ("router.scores=softmax", "router.group_score=max", "router.normalize=none")
+SEEN_BY_ROUTER = ("router.jitter=0.2", "router.expert_dropout=0.2")
+
+
+def router(kind: str, *keys: str) -> tuple[str, ...]:
+    return (f"router.kind={kind}", *(f"router.{key}" for key in keys))
+
+
+def factor(value: float, *keys: str) -> tuple[str, ...]:
+    return ("capacity.kind=factor", f"capacity.factor={value}", *(f"capacity.{key}" for key in keys))
+
+
+def device(value: float, *keys: str) -> tuple[str, ...]:
+    return ("capacity.kind=device", f"capacity.factor={value}", *(f"capacity.{key}" for key in keys))
+
+
+def loss(name: str, *keys: str) -> tuple[str, ...]:
+    return tuple(f"balance.{name}.{key}" for key in keys)
+
+
+PLAIN = [
+    Case("top-2, global balance"),
+    Case("top_k = num_experts, weights scaled", ("model.ffn.top_k=4", "router.scale=2.5")),
+    Case("all tokens to the first experts", zero_router=True),
+    Case("all tokens to one expert", (*router("topk", "normalize=none"), *TOP_1), zero_router=True),
+    Case("uneven valid tokens per rank and micro-batch", padding="uneven"),
+    Case("ranks with zero valid tokens", zero_router=True, padding="whole ranks"),
+    Case("all tokens to one expert for good, ranks without valid tokens",
+         (*router("topk", "normalize=none"), *TOP_1, "balance.loss_free.rate=0.001"), start_bias=50.0,
+         padding="whole ranks"),
+    Case("balance within each sequence", loss("aux", "scope=sequence"), padding="uneven"),
+    Case("capacity per sequence", factor(0.8), padding="uneven"),
+    Case("MoE every other layer, shared expert, untied head",
+         ("model.ffn.every=2", "model.ffn.num_shared_experts=1", "model.tie_embeddings=false")),
+    Case("equal counts on all ranks, aux over the step", loss("aux", "scope=global"), text="one sequence"),
+    Case("equal counts on all ranks, aux over the micro-batch", loss("aux", "scope=micro"), text="one sequence"),
+]  # fmt: skip
+
+NO_LOSS = [
+    Case("topk, unnormalised, no loss", (*router("topk", "normalize=none"), *SEEN_BY_ROUTER, *OFF)),
+    Case("topk_softmax, no loss, position",
+         (*router("topk_softmax", "expert_dropout=0.3"), *factor(0.9, "minimum=2"), *OFF), padding="uneven"),
+    Case("sigmoid, no loss, global probability",
+         (*router("sigmoid", "scale=2.5"), *factor(1.0, "scope=global", "policy=probability"), *OFF)),
+    Case("noisy_topk, no loss, reroute", (*router("noisy_topk", "jitter=0.1"), *factor(0.8, "reroute=true"), *OFF)),
+    Case("switch, no loss, random", (*router("switch", "jitter=0.3"), *TOP_1, *factor(1.0, "policy=random"), *OFF)),
+    Case("gshard, no loss, choice order, renormalised after",
+         (*router("gshard"), *factor(0.8, "order=choice", "renormalize=after"), *OFF), padding="uneven"),
+    Case("group_limited after V2, no loss, device budget",
+         (*EIGHT, *router("group_limited", "top_groups=3"), *V2, "model.ffn.top_k=3", "router.scale=16.0",
+          *device(0.9, "exempt_fraction=0.4"), *OFF)),
+    Case("expert_choice, no loss",
+         (*router("expert_choice", "allow_future_leak=true", "jitter=0.1"), *OFF), padding="uneven"),
+    Case("sinkhorn top-2, no loss, random",
+         (*router("sinkhorn"), *factor(0.9, "policy=random"), *OFF), padding="uneven"),
+    Case("hierarchical, no loss, jitter and dropout",
+         (*EIGHT, *router("hierarchical", "top_groups=2"), "model.ffn.top_k=4", *SEEN_BY_ROUTER, *OFF)),
+    Case("base, no loss", (*router("base"), *TOP_1, *OFF), padding="uneven",
+         truth="one rank"),
+]  # fmt: skip
+
+MIXED = [
+    Case("topk, importance and device loss, global reroute in choice order",
+         (*loss("importance_load", "importance_coef=0.2", "load_coef=0.0"), *loss("device", "devices=2", "coef=0.3"),
+          *factor(0.8, "scope=global", "reroute=true", "order=choice")), padding="uneven"),
+    Case("topk_softmax, global device and communication loss, probability and reroute and renormalize",
+         (*router("topk_softmax"), *loss("device", "devices=2", "scope=global"),
+          *loss("communication", "devices=4", "scope=global", "coef=0.2"),
+          *factor(0.7, "policy=probability", "reroute=true", "renormalize=after"), "router.jitter=0.1")),
+    Case("sigmoid, loss-free by sign, aux per sequence, global random in choice order",
+         (*router("sigmoid", "expert_dropout=0.1"), *loss("loss_free", "rate=0.05"), *loss("aux", "scope=sequence"),
+          *factor(0.8, "scope=global", "policy=random", "order=choice")), padding="uneven"),
+    Case("topk, loss-free with a bias that decides", (*loss("loss_free", "rate=0.1"), *OFF), start_bias=0.5),
+    Case("noisy_topk, importance and load and all the others, random reroute",
+         (*router("noisy_topk", "expert_dropout=0.2"), *loss("importance_load", "load_coef=0.3"),
+          *loss("device", "devices=2"), *loss("communication", "devices=2"),
+          *factor(0.9, "policy=random", "reroute=true")), padding="uneven"),
+    Case("switch, loss-free by error, communication per sequence, global probability",
+         (*router("switch"), *TOP_1, *loss("loss_free", "rate=0.1", "update=error"),
+          *loss("communication", "devices=4"), *factor(1.0, "scope=global", "policy=probability"))),
+    Case("gshard sampled with threshold, global aux, global position in choice order, renormalised after",
+         (*router("gshard", "second=sampled", "dispatch_threshold=0.5"),
+          *factor(0.8, "scope=global", "order=choice", "renormalize=after")), padding="uneven"),
+    Case("gshard sampled with dropout and bias, global device budget",
+         (*router("gshard", "second=sampled", "expert_dropout=0.3"), *loss("loss_free", "rate=0.05"),
+          *loss("importance_load", "load_coef=0.0"), *device(0.8, "devices=2", "scope=global", "exempt_fraction=0.3")),
+         start_bias=0.2),
+    Case("group_limited after V3 with bias, all losses per sequence, padded buffers",
+         (*EIGHT, *router("group_limited"), "model.ffn.top_k=3", *loss("loss_free", "rate=0.02"),
+          *loss("aux", "scope=sequence"), *loss("device", "devices=4"), *loss("communication", "devices=4"),
+          *factor(1.0, "pad=true", "policy=probability")), start_bias=0.3, padding="uneven"),
+    Case("group_limited, dropout, global losses, reroute within groups",
+         (*EIGHT, *router("group_limited", "scores=softmax", "expert_dropout=0.2"),
+          *loss("device", "devices=4", "scope=global"), *factor(0.8, "reroute=true", "scope=global"))),
+    Case("hash, random and padded and rerouting nothing", (*router("hash", "scale=2.0"),
+         *factor(0.9, "policy=random", "pad=true", "renormalize=after"), *OFF), padding="uneven"),
+    Case("hash, global position", (*router("hash"), *factor(0.9, "scope=global"), *OFF), padding="whole ranks"),
+    Case("sinkhorn top-1, dropout, importance, global random reroute",
+         (*router("sinkhorn", "expert_dropout=0.1", "max_iterations=7"), *TOP_1,
+          *loss("importance_load", "load_coef=0.0"), *factor(0.9, "scope=global", "policy=random", "reroute=true"))),
+    Case("hierarchical two in each of two groups, importance, global device budget",
+         (*EIGHT, *router("hierarchical", "groups=4", "top_groups=2", "jitter=0.1"), "model.ffn.top_k=4",
+          *loss("importance_load", "load_coef=0.0"), *loss("communication", "devices=4", "scope=global"),
+          *device(0.9, "scope=global")), padding="uneven"),
+    Case("base, z-loss, jitter and dropout, global probability",
+         (*router("base"), *SEEN_BY_ROUTER, *TOP_1, "balance.aux=null",
+          *factor(1.0, "scope=global", "policy=probability")), truth="one rank"),
+    Case("padded buffers, probability, reroute, renormalised after",
+         (*factor(0.8, "pad=true", "policy=probability", "reroute=true", "renormalize=after", "minimum=3"),
+          "router.scale=2.0"), padding="uneven"),
+    Case("padded buffers, choice order, ranks without tokens", factor(1.2, "pad=true", "order=choice"),
+         padding="whole ranks", zero_router=True),
+    Case("equal weights: the earlier token is kept",
+         factor(0.6, "scope=global", "policy=probability"), zero_router=True, padding="uneven"),
+    Case("equal tokens: expert_choice takes the earlier",
+         (*router("expert_choice", "allow_future_leak=true"), *OFF), text="one token per sequence"),
+    Case("equal tokens: base gives them the same experts on every layout",
+         (*router("base"), *TOP_1, "balance.aux=null"), text="one token per sequence", truth="one rank"),
+]  # fmt: skip
+
+DEPENDS_ON_LAYOUT = [
+    Case("capacity per rank, padded buffers, reroute",
+         factor(0.7, "scope=rank", "pad=true", "policy=probability", "reroute=true"), padding="uneven"),
+    Case("device budget per rank, losses per micro-batch",
+         (*loss("aux", "scope=micro"), *loss("device", "devices=2", "scope=micro"),
+          *loss("communication", "devices=2", "scope=micro"), *device(0.8, "devices=2", "scope=rank")),
+         padding="uneven"),
+]  # fmt: skip
+"""They claim no contract; they are to do what the oracle does when it knows how the batch was cut."""
+
+CASES = [*PLAIN, *NO_LOSS, *MIXED, *DEPENDS_ON_LAYOUT]
