@@ -22,7 +22,7 @@ V2 = {"scores": "softmax", "group_score": "max", "normalize": "none", "groups": 
 ROUTERS = {
     "topk": (2, {"kind": "topk", **SEEN}),
     "topk_softmax": (2, {"kind": "topk_softmax", "jitter": 0.1}),
-    "sigmoid": (2, {"kind": "sigmoid", "scale": 2.5, **SEEN}),
+    "sigmoid": (1, {"kind": "sigmoid", "normalize": "none", "scale": 2.5, **SEEN}),
     "noisy_topk": (2, {"kind": "noisy_topk", **SEEN}),
     "switch": (1, {"kind": "switch"}),
     "gshard sampled": (2, {"kind": "gshard", "second": "sampled", "dispatch_threshold": 0.5, **SEEN}),

@@ -23,7 +23,10 @@ TRAIN_KEYS = [
     "kind", "step", "loss", "aux_loss", "z_loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_ms",
     "data_wait_ms", "exchange_ms", "memory_gib", "mfu",
 ]  # fmt: skip
-LAYER_KEYS = ["load", "dropped_fraction", "max_violation", "entropy", "dead_experts"]
+LAYER_KEYS = [
+    "load", "dropped_fraction", "dropped_capacity_fraction", "dropped_device_fraction", "dropped_router_fraction",
+    "rerouted_fraction", "max_violation", "entropy", "dead_experts",
+]  # fmt: skip
 Generate = Callable[..., str]
 
 

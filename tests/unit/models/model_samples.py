@@ -20,7 +20,8 @@ SMALL = (
 )  # fmt: skip
 VARIANTS = {
     "top-2": (),
-    "top-1": ("model=switch_tiny", "model.ffn.capacity.kind=dropless"),
+    # Without jitter, which depends on a sequence's place in the batch.
+    "top-1": ("model=switch_tiny", "model.ffn.capacity.kind=dropless", "model.ffn.router.jitter=0.0"),
     "capacity": ("model.ffn.capacity.kind=factor", "model.ffn.capacity.factor=0.8"),
     "dense": ("model=dense_tiny", "model.ffn.num_experts=0"),
     "every other layer, shared expert, untied": (

@@ -59,7 +59,7 @@ def check_and_train(world: World) -> dict[int, dict[str, Tensor]]:
         check_sums(engine, mesh)
         for batch in CASE.batches():
             batches = rank_batches(batch, world.rank, world.size, 1)
-            train_step(engine, mesh, batches, batch[0].numel(), RATE, CLIP_NORM)
+            train_step(engine, mesh, batches, batch[0].numel(), RATE, CLIP_NORM, seed=0)
         check_refusal(engine, mesh)
         state[ep] = dict(engine.tensors())
     return state
