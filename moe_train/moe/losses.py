@@ -39,17 +39,22 @@ class RoutedTokens:
         return valid_TK if self.routing.chosen_TK is None else valid_TK & self.routing.chosen_TK
 
     @cached_property
-    def counts_BE(self) -> Tensor:
-        """[B, E] int64: assignments per sequence and expert that count for the load f."""
-        counted_TM = self.routing.counted_TM
-        if counted_TM is None:
-            return self.count(self.routing.experts_TK, self.chosen_TK)
-        return self.count(counted_TM, self.context.valid_T.unsqueeze(1).expand_as(counted_TM))
+    def assigned_BE(self) -> Tensor:
+        """[B, E] int64: assignments per sequence and expert, before any is dropped."""
+        return self.count(self.routing.experts_TK, self.chosen_TK)
 
     @cached_property
+    def counts_BE(self) -> Tensor:
+        """[B, E] int64: those that count for the load f."""
+        counted_TM = self.routing.counted_TM
+        if counted_TM is None:
+            return self.assigned_BE
+        return self.count(counted_TM, self.context.valid_T.unsqueeze(1).expand_as(counted_TM))
+
+    @property
     def assigned_E(self) -> Tensor:
         """[E] int64: assignments per expert, before any is dropped."""
-        return self.count(self.routing.experts_TK, self.chosen_TK).sum(dim=0)
+        return self.assigned_BE.sum(dim=0)
 
     @cached_property
     def mass_BE(self) -> Tensor:

@@ -128,7 +128,7 @@ def places(queue_TK: Tensor, num_queues: int, keys_TK: Tensor | None = None) -> 
     Args:
         queue_TK: [T, K] int64, ``num_queues`` for none, where the place means nothing.
         num_queues: number of queues.
-        keys_TK: [T, K] int64, larger ones first; equal ones, and all without keys, go by token, then by choice.
+        keys_TK: [T, K] numbers, larger ones first; equal ones, and all without keys, go by token, then by choice.
     """
     queue_A = queue_TK.flatten()
     if keys_TK is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_train.moe.context import RoutingContext
-from moe_train.moe.queues import count
+from moe_train.moe.queues import places
 from moe_train.moe.routers.linear import LinearRouter
 from moe_train.moe.routing import Routing
 from moe_train.ops.topk import top_k
@@ -79,19 +79,8 @@ def balanced_assignment(scores_NE: Tensor) -> Tensor:
         offers_N = prices_E[best_N] + first_N - second_N + PRECISION * spread
         experts_N = torch.where(seeking_N, best_N, experts_N)
         bids_N = torch.where(seeking_N, offers_N, bids_N)
-        places_N = places_by_bid(experts_N, bids_N, num_experts)
+        places_N = places(experts_N.unsqueeze(1), num_experts, bids_N.unsqueeze(1)).squeeze(1)
         lowest_N = places_N == room - 1  # the last bidder that a full expert keeps sets its price
         prices_E[experts_N[lowest_N]] = bids_N[lowest_N]
         experts_N = torch.where(places_N < room, experts_N, num_experts)
     return experts_N
-
-
-def places_by_bid(experts_N: Tensor, bids_N: Tensor, num_experts: int) -> Tensor:
-    """Return each row's place [N] among the bidders of its expert, from 0 for the highest; among equals by index."""
-    order_N = bids_N.argsort(descending=True, stable=True)
-    order_N = order_N[experts_N[order_N].argsort(stable=True)]
-    counts_E = count(experts_N, num_experts)
-    starts_E = counts_E.cumsum(dim=0) - counts_E
-    places_N = torch.empty_like(order_N)
-    places_N[order_N] = torch.arange(order_N.numel(), device=order_N.device) - starts_E[experts_N[order_N]]
-    return places_N
