@@ -23,8 +23,17 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from moe_train.config.groups import LISTS, config_dir, is_group, options_of
-from moe_train.config.validate import MISSING, Rules, closest, model_of, validate, variants_of
+from moe_train.config.groups import LISTS, config_dir, is_group, options_of, sections_of
+from moe_train.config.validate import (
+    MISSING,
+    Prepare,
+    Rules,
+    as_composed,
+    closest,
+    model_of,
+    validate,
+    variants_of,
+)
 from moe_train.errors import ConfigError, Problem
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -74,8 +83,17 @@ def with_force(argument: str) -> str:
     return f"++{argument.lstrip('+')}"
 
 
-def compose_config(name: str, schema: type[Schema], rules: Rules[Schema], overrides: list[str]) -> Schema:
+def compose_config(
+    name: str, schema: type[Schema], rules: Rules[Schema], overrides: list[str], prepare: Prepare = as_composed
+) -> Schema:
     """Compose and validate a configuration outside a Hydra application.
+
+    Args:
+        name: the primary YAML file.
+        schema: the model that the configuration must fit.
+        rules: what must hold across fields.
+        overrides: KEY=VALUE and GROUP=OPTION.
+        prepare: completes the composed mapping.
 
     Raises:
         ConfigError: with the problems of composition (unknown options, syntax) and those of the schema together.
@@ -85,7 +103,8 @@ def compose_config(name: str, schema: type[Schema], rules: Rules[Schema], overri
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         good, problems = separate(name, [with_force(o) for o in overrides])
         try:
-            config = validate(to_mapping(compose(name, overrides=good)), schema, rules, keys_of(good))
+            mapping = to_mapping(compose(name, overrides=good))
+            config = validated(mapping, schema, rules, prepare, good)
         except ConfigError as error:
             raise ConfigError([*problems, *error.problems]) from None
         except COMPOSITION_ERRORS as error:
@@ -93,6 +112,48 @@ def compose_config(name: str, schema: type[Schema], rules: Rules[Schema], overri
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def validated(
+    mapping: dict[str, Any], schema: type[Schema], rules: Rules[Schema], prepare: Prepare, overrides: list[str]
+) -> Schema:
+    """Return the validated configuration of a composed mapping; overrides: those that it was composed with.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    explicit = keys_of(overrides)
+    return validate(prepare(chosen_only(mapping, overrides), explicit), schema, rules, explicit)
+
+
+def chosen_only(mapping: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Return the mapping without the sections of a list group that its user did not choose.
+
+    A preset chooses balance losses and then says how strong they are: of those that ``model/ffn/balance=[...]`` leaves
+    out, the strength must not stay behind and switch them on again.
+    """
+    cleaned = mapping
+    for override in OverridesParser.create().parse_overrides(overrides):
+        group = override.key_or_group
+        if group not in LISTS:
+            continue
+        value = override.value()
+        chosen = sections_of(group, value if isinstance(value, list) else [value])
+        for section in sections_of(group, options_of(group)) - chosen:
+            path = [*group.split("/"), section]
+            if not any(key == ".".join(path) or key.startswith(".".join(path) + ".") for key in keys_of(overrides)):
+                cleaned = without(cleaned, path)
+    return cleaned
+
+
+def without(mapping: dict[str, Any], path: list[str]) -> dict[str, Any]:
+    """Return a copy of nested sections without what lies at ``path``."""
+    first, *rest = path
+    if first not in mapping:
+        return mapping
+    if not rest:
+        return {key: value for key, value in mapping.items() if key != first}
+    return {**mapping, first: without(mapping[first], rest)}
 
 
 def unstated(name: str, schema: type[BaseModel], overrides: list[str]) -> list[str]:
@@ -109,7 +170,9 @@ def unstated(name: str, schema: type[BaseModel], overrides: list[str]) -> list[s
         composed = to_mapping(compose(name, overrides=[with_force(o) for o in overrides]))
     wanted, present = dict(values_of(config.model_dump(mode="json"))), dict(values_of(composed))
     added = [f"++{key}={json.dumps(value)}" for key, value in wanted.items() if key not in present]
-    return added + [f"~{key}" for key in present if key not in wanted]
+    # What lies below a section that is now null is gone with it.
+    gone = [key for key in present if key not in wanted and not any(key.startswith(f"{w}.") for w in wanted)]
+    return added + [f"~{key}" for key in gone]
 
 
 def values_of(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -135,9 +198,16 @@ def separate(name: str, overrides: list[str]) -> tuple[list[str], list[Problem]]
             compose(name, overrides=[override])
             good.append(override)
         except COMPOSITION_ERRORS as error:
-            key, _, value = override.lstrip("+").partition("=")
-            problems.append(Problem(key, value or None, first_line(error), remedy_for(key, first_line(error))))
+            problems.append(lone_problem(override, error))
     return good, problems
+
+
+def lone_problem(override: str, error: Exception) -> Problem:
+    """Return the problem of an override that does not compose by itself."""
+    key, _, value = override.lstrip("+").partition("=")
+    if value in options_of(key):
+        return joint_problem(error)  # a good choice, but not with this preset
+    return Problem(key, value or None, first_line(error), remedy_for(key, first_line(error)))
 
 
 def list_problem(override: str) -> Problem | None:

@@ -18,9 +18,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 from pydantic import BaseModel
 
-from moe_train.config.compose import compose_config, keys_of, register, to_mapping, unstated, with_force
+from moe_train.config.compose import compose_config, register, to_mapping, unstated, validated, with_force
 from moe_train.config.groups import config_dir
-from moe_train.config.validate import Rules, validate
+from moe_train.config.validate import Prepare, Rules, as_composed
 from moe_train.errors import UserError
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -42,7 +42,7 @@ LEADER_SPEAKS_S = 5.0
 
 
 def door(
-    name: str, schema: type[Schema], rules: Rules[Schema] = lambda config: []
+    name: str, schema: type[Schema], rules: Rules[Schema] = lambda config: [], prepare: Prepare = as_composed
 ) -> Callable[[Callable[[Schema], None]], Callable[[], None]]:
     """Make a function of a validated configuration into a command.
 
@@ -50,6 +50,7 @@ def door(
         name: the primary YAML file under configs/.
         schema: the model that the composed configuration must fit.
         rules: what must hold across fields; returns every problem.
+        prepare: completes the composed mapping before it is validated.
 
     Returns:
         A decorator. The command prints all mistakes of a user at once, without a traceback, and exits with status 2.
@@ -61,8 +62,8 @@ def door(
             arguments = sys.argv[1:]
             register(name, schema)
             sys.argv = [sys.argv[0], *hydra_arguments(arguments, completion(name, schema, arguments))]
-            guarded(lambda: check(name, schema, rules, arguments))
-            job = functools.partial(run_job, main, schema, rules, arguments)
+            guarded(lambda: check(name, schema, rules, prepare, arguments))
+            job = functools.partial(run_job, main, schema, rules, prepare, arguments)
             functools.update_wrapper(job, main)
             hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(job)()
 
@@ -90,12 +91,12 @@ def hydra_arguments(arguments: list[str], settings: list[str]) -> list[str]:
     return [*forced[:first], *QUIET, record, *settings, *forced[first:]]
 
 
-def check(name: str, schema: type[Schema], rules: Rules[Schema], arguments: list[str]) -> None:
+def check(name: str, schema: type[Schema], rules: Rules[Schema], prepare: Prepare, arguments: list[str]) -> None:
     """Compose once before Hydra does: it would stop at its first problem, with exit status 1."""
     if any(argument.startswith("-") for argument in arguments):
         return
     try:
-        compose_config(name, schema, rules, arguments)
+        compose_config(name, schema, rules, arguments, prepare)
     except UserError as error:
         error.shared = True  # all ranks have the same command line
         raise
@@ -105,14 +106,15 @@ def run_job(
     main: Callable[[Schema], None],
     schema: type[Schema],
     rules: Rules[Schema],
+    prepare: Prepare,
     arguments: list[str],
     composed: DictConfig,
 ) -> None:
     """Validate what Hydra composed for one job and run it."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         name_sweep_job(composed, arguments)
-    explicit = keys_of(list(HydraConfig.get().overrides.task))
-    guarded(lambda: main(validate(to_mapping(composed), schema, rules, explicit)))
+    overrides = list(HydraConfig.get().overrides.task)
+    guarded(lambda: main(validated(to_mapping(composed), schema, rules, prepare, overrides)))
 
 
 def name_sweep_job(composed: DictConfig, arguments: list[str]) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 LISTS = frozenset({"model/ffn/balance"})
 """Groups of which any number of options may be chosen: ``GROUP=[A,B]``."""
@@ -18,6 +22,12 @@ def config_dir() -> Path:
 def is_group(key: str) -> bool:
     """Whether ``key`` names a folder of options (``model``, ``model/ffn/capacity``) rather than a value."""
     return key != "" and (config_dir() / key).is_dir()
+
+
+def sections_of(group: str, options: Iterable[Any]) -> set[str]:
+    """Return the keys that options of a group set."""
+    files = [config_dir() / group / f"{option}.yaml" for option in options]
+    return {key for file in files if file.is_file() for key in yaml.safe_load(file.read_text()) or {}}
 
 
 def options_of(group: str) -> list[str]:

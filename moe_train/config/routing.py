@@ -40,6 +40,8 @@ class TopKSoftmaxRouterConfig(LearnedRouterConfig):
 
     kind: Literal["topk_softmax"] = "topk_softmax"
     """Kind of router."""
+    bias: bool = False
+    """Whether a learned bias is added to the logits; it changes choice and weights (gpt-oss)."""
 
 
 class SigmoidRouterConfig(LearnedRouterConfig):
@@ -230,6 +232,8 @@ class LossFreeConfig(Strict):
     """How far the bias moves per optimizer step."""
     update: Literal["sign", "error"] = "sign"
     """By the sign of (mean load - load), or by its size relative to the mean load (softmax scores need that)."""
+    freeze_after: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the steps after which the bias stays as it is (DeepSeek-V3: 14.3 of 14.8 trillion tokens, 0.966)."""
 
 
 class BalanceConfig(Strict):

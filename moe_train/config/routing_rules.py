@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from moe_train.config.model import FFNConfig
 from moe_train.config.routing import (
     DeviceCapacityConfig,
     ExpertChoiceRouterConfig,
@@ -14,7 +15,6 @@ from moe_train.config.routing import (
     SigmoidRouterConfig,
     TopKRouterConfig,
 )
-from moe_train.config.schema import FFNConfig
 from moe_train.errors import Problem
 
 ROUTER, BALANCE, CAPACITY = "model.ffn.router", "model.ffn.balance", "model.ffn.capacity"

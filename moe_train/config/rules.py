@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
+from moe_train.config.attention import GroupedQueryConfig
+from moe_train.config.model import ModelConfig
 from moe_train.config.routing_rules import routing_problems
-from moe_train.config.schema import DataConfig, ModelConfig, TokenizerConfig, TrainConfig
-from moe_train.errors import Problem
+from moe_train.config.schema import DataConfig, TokenizerConfig, TrainConfig
+from moe_train.errors import ConfigError, Problem
 
 
 def data_problems(data: DataConfig, tokenizer: TokenizerConfig) -> Iterator[Problem]:
@@ -29,28 +31,90 @@ def data_problems(data: DataConfig, tokenizer: TokenizerConfig) -> Iterator[Prob
 
 def model_problems(model: ModelConfig) -> Iterator[Problem]:
     """Yield what is wrong between the fields of model."""
-    if model.dim % model.heads:
-        yield Problem("model.heads", model.heads, f"must divide model.dim={model.dim}", "change one of them")
-    elif (model.dim // model.heads) % 2:
-        width = model.dim // model.heads
+    if isinstance(model.attention, GroupedQueryConfig):
+        yield from grouped_query_problems(model, model.attention)
+    elif model.attention.rope_dim % 2:
+        yield Problem(
+            "model.attention.rope_dim",
+            model.attention.rope_dim,
+            "rotary positions turn pairs: must be even",
+            "choose another",
+        )
+    yarn = model.attention.yarn
+    if yarn is not None and yarn.beta_fast <= yarn.beta_slow:
+        yield Problem(
+            "model.attention.yarn.beta_fast",
+            yarn.beta_fast,
+            f"must exceed beta_slow={yarn.beta_slow}: between them frequencies are blended",
+            "raise it, or lower beta_slow",
+        )
+    if model.adopt and model.init_from is None:
+        yield Problem("model.adopt", True, "needs a folder to take the architecture from", "set model.init_from=DIR")
+    yield from expert_problems(model)
+
+
+def grouped_query_problems(model: ModelConfig, attention: GroupedQueryConfig) -> Iterator[Problem]:
+    """Yield what is wrong between the heads of grouped-query attention."""
+    width = attention.head_dim or model.dim // model.heads
+    if attention.head_dim is None and model.dim % model.heads:
         yield Problem(
             "model.heads",
             model.heads,
-            f"rotary positions need an even head width, not {width}",
-            "change model.dim or model.heads",
+            f"must divide model.dim={model.dim}",
+            "change one of them, or set model.attention.head_dim",
         )
-    kv_heads = model.attention.kv_heads
-    if kv_heads is not None and model.heads % kv_heads:
+    elif width % 2:
+        key, value = ("model.heads", model.heads) if attention.head_dim is None else ("model.attention.head_dim", width)
         yield Problem(
-            "model.attention.kv_heads", kv_heads, f"must divide model.heads={model.heads}", "change one of them"
+            key,
+            value,
+            f"rotary positions need an even head width, not {width}",
+            "change model.dim, model.heads or model.attention.head_dim",
         )
+    if attention.kv_heads is not None and model.heads % attention.kv_heads:
+        yield Problem(
+            "model.attention.kv_heads",
+            attention.kv_heads,
+            f"must divide model.heads={model.heads}",
+            "change one of them",
+        )
+    if attention.full_every is not None and attention.window is None:
+        yield Problem(
+            "model.attention.full_every",
+            attention.full_every,
+            "says which layers have no window, and there is none",
+            "set model.attention.window, or leave it out",
+        )
+    if attention.yarn is not None and attention.yarn.mscale_all_dim:
+        yield Problem(
+            "model.attention.yarn.mscale_all_dim",
+            attention.yarn.mscale_all_dim,
+            "scales the scores of latent attention only",
+            "leave it out, or choose model/attention=mla",
+        )
+
+
+def expert_problems(model: ModelConfig) -> Iterator[Problem]:
+    """Yield what is wrong between the fields of the feed-forward layers."""
     ffn = model.ffn
     if ffn.num_experts == 0:
         return
-    if ffn.every > model.layers:
+    if model.layers // ffn.every * ffn.every <= ffn.first_dense:
+        key = "first_dense" if ffn.first_dense else "every"
         yield Problem(
-            "model.ffn.every", ffn.every, f"leaves no MoE layer among model.layers={model.layers}", "lower it"
+            f"model.ffn.{key}",
+            getattr(ffn, key),
+            f"leaves no MoE layer among model.layers={model.layers}",
+            "lower it",
         )
+    for key in ("shared_dim", "shared_gate"):
+        if getattr(ffn, key) and not ffn.num_shared_experts:
+            yield Problem(
+                f"model.ffn.{key}",
+                getattr(ffn, key),
+                "describes shared experts, and there are none",
+                "set model.ffn.num_shared_experts, or leave it out",
+            )
     yield from routing_problems(ffn)
 
 
@@ -92,6 +156,13 @@ def layout_problems(ep: int, num_experts: int, world_size: int) -> Iterator[Prob
 
 def schedule_problems(config: TrainConfig) -> Iterator[Problem]:
     """Yield what is wrong between lengths."""
+    if config.data.seq_len <= config.model.mtp.depth:
+        yield Problem(
+            "model.mtp.depth",
+            config.model.mtp.depth,
+            f"looks further ahead than data.seq_len={config.data.seq_len}",
+            "lower it",
+        )
     if config.optim.warmup_steps > config.train.steps:
         yield Problem(
             "optim.warmup_steps",
@@ -99,6 +170,30 @@ def schedule_problems(config: TrainConfig) -> Iterator[Problem]:
             f"must not exceed train.steps={config.train.steps}",
             "lower it or train longer",
         )
+
+
+def start_problems(config: TrainConfig) -> Iterator[Problem]:
+    """Yield what is wrong between the first weights and the text that they are trained on."""
+    if config.model.init_from is not None and config.tokenizer.kind == "bpe":
+        yield Problem(
+            "tokenizer.kind",
+            "bpe",
+            "the embedding of model.init_from belongs to the tokenizer that it was trained with, not to a new one",
+            "set tokenizer.kind=file tokenizer.path=DIR/tokenizer.json",
+        )
+
+
+def embedding_rows(model: ModelConfig, num_tokens: int) -> int:
+    """Return the rows of the embedding for a tokenizer with so many tokens; known only when that is read.
+
+    Raises:
+        ConfigError: the configured rows are too few.
+    """
+    rows = num_tokens if model.vocab_size is None else model.vocab_size
+    if rows < num_tokens:
+        rule = f"the tokenizer has {num_tokens} tokens"
+        raise ConfigError(Problem("model.vocab_size", rows, rule, "raise it, or choose the model's own tokenizer"))
+    return rows
 
 
 def run_problems(name: str) -> Iterator[Problem]:
@@ -119,5 +214,6 @@ def train_problems(config: TrainConfig) -> list[Problem]:
         lambda: batch_problems(config, world_size),
         lambda: layout_problems(config.parallel.ep, config.model.ffn.num_experts, world_size),
         lambda: schedule_problems(config),
+        lambda: start_problems(config),
     ]
     return [problem for check in checks for problem in check()]

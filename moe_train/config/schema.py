@@ -1,7 +1,7 @@
 """Every key of the configuration, its default, unit and bounds: the one place where a default lives.
 
-The YAML files under ``configs/`` state only what differs from these values. The keys of routing have a file of their
-own, `config.routing`.
+The YAML files under ``configs/`` state only what differs from these values. The keys of the model have files of their
+own: `config.model`, `config.attention` and `config.routing`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from moe_train.config.base import Fraction, Strict
-from moe_train.config.routing import BalanceConfig, CapacityConfig, DroplessConfig, RouterConfig, TopKRouterConfig
+from moe_train.config.model import ModelConfig
 
 
 class RunConfig(Strict):
@@ -91,59 +91,6 @@ class TokenizerConfig(Strict):
     """file: name of the token that ends a document; null: the first known of <|endoftext|>, </s>, <eos>, [SEP]."""
 
 
-class AttentionConfig(Strict):
-    """Grouped-query attention with rotary positions."""
-
-    kv_heads: PositiveInt | None = None
-    """Key and value heads; divides model.heads. null: as many as model.heads (multi-head attention)."""
-    rope_theta: PositiveFloat = 10_000.0
-    """Base of the rotary frequencies."""
-
-
-class FFNConfig(Strict):
-    """Feed-forward part of the blocks: dense SwiGLU, or experts."""
-
-    hidden_dim: PositiveInt = 512
-    """Hidden width of the dense layers' SwiGLU."""
-    num_experts: NonNegativeInt = 0
-    """Experts per MoE layer; 0: a dense model."""
-    top_k: PositiveInt = 2
-    """Experts per token."""
-    expert_dim: PositiveInt = 256
-    """Hidden width of one expert's SwiGLU."""
-    num_shared_experts: NonNegativeInt = 0
-    """Experts that every token visits, summed (one SwiGLU of that multiple of expert_dim)."""
-    every: PositiveInt = 1
-    """Every n-th layer is MoE (the last of each n), the others are dense."""
-    router: RouterConfig = TopKRouterConfig()
-    """How tokens choose experts."""
-    balance: BalanceConfig = BalanceConfig()
-    """How load is kept even."""
-    capacity: CapacityConfig = DroplessConfig()
-    """How many assignments an expert takes."""
-
-
-class ModelConfig(Strict):
-    """One decoder-only transformer."""
-
-    dim: PositiveInt = 256
-    """Width of the residual stream."""
-    layers: PositiveInt = 4
-    """Blocks."""
-    heads: PositiveInt = 8
-    """Query heads."""
-    tie_embeddings: bool = True
-    """The output head is the embedding matrix."""
-    norm_eps: PositiveFloat = 1e-5
-    """Added to the mean square in RMSNorm."""
-    init_std: PositiveFloat = 0.02
-    """Standard deviation of initial weights; projections into the residual stream get 1/sqrt(2·layers) of it."""
-    attention: AttentionConfig = AttentionConfig()
-    """Attention."""
-    ffn: FFNConfig = FFNConfig()
-    """Feed-forward layers and experts."""
-
-
 class ParallelConfig(Strict):
     """How the ranks share the work; all ranks are data-parallel."""
 
@@ -170,7 +117,7 @@ class OptimConfig(Strict):
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled decay of matrices; vectors (norms) have none."""
+    """Decoupled decay of matrices; vectors (norms, biases) have none."""
 
 
 class CheckpointConfig(Strict):
@@ -280,6 +227,28 @@ class GenerateConfig(Strict):
     """Text to continue."""
     sample: SampleConfig = SampleConfig()
     """How text is generated."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout over ranks; need not be that of the training."""
+    checkpoint: str = "latest"
+    """latest, or the path of a checkpoint."""
+
+
+class ExportConfig(Strict):
+    """Configuration of ``moe_train.export``."""
+
+    run: RunReference
+    """The run to export."""
+    to: str
+    """Folder to write; must not exist or be empty."""
+    format: Literal["auto", "huggingface", "moe_train"] = "auto"
+    """huggingface: a folder that transformers, vLLM and SGLang load; refused when no public class can express the
+    model. moe_train: the project's own names. auto: the first if possible, else the second with the reason."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Number format of the weights; null: that of the training's activations."""
+    shard_bytes: PositiveInt = 4_000_000_000
+    """Largest size of a safetensors file; one larger tensor gets a file of its own."""
+    verify: bool = True
+    """Whether to load the folder in transformers, where installed, and compare its logits with the run's."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout over ranks; need not be that of the training."""
     checkpoint: str = "latest"

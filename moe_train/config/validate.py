@@ -16,8 +16,15 @@ from moe_train.errors import ConfigError, Problem
 
 Schema = TypeVar("Schema", bound=BaseModel)
 Rules: TypeAlias = Callable[[Schema], list[Problem]]
+Prepare: TypeAlias = Callable[[dict[str, Any], frozenset[str]], dict[str, Any]]
+"""Completes a composed mapping before it is validated; gets the keys that the user set on the command line too."""
 MISSING = "???"
 """OmegaConf's mark of a value that must be given."""
+
+
+def as_composed(mapping: dict[str, Any], explicit: frozenset[str]) -> dict[str, Any]:
+    """Return the mapping as it is."""
+    return mapping
 
 
 def validate(

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from moe_train.config.model import FFNConfig, ModelConfig
 from moe_train.config.routing import AuxLossConfig, BalanceConfig, CapacityConfig, DroplessConfig, RouterConfig
-from moe_train.config.schema import FFNConfig, ModelConfig
-from moe_train.models.blocks import SwiGLU
 from moe_train.models.initialise import initialise
+from moe_train.models.modules import FeedForward
 from moe_train.moe.balance import Balance
 from moe_train.moe.capacity import Capacity
 from moe_train.moe.context import RoutingContext
@@ -43,7 +43,7 @@ class Layer(nn.Module):
             exchange=exchange,
             experts=Experts(dim, ffn.expert_dim, exchange.experts, INIT_STD, INIT_STD),
             balance=Balance(ffn),
-            shared=SwiGLU(dim, shared_dim, INIT_STD, INIT_STD) if shared_dim else None,
+            shared=FeedForward(dim, shared_dim, "swiglu", INIT_STD, INIT_STD) if shared_dim else None,
         )
         fill(self)
 

@@ -1,34 +1,47 @@
-"""Parameters and FLOPs from the configuration alone, in closed form."""
+"""Parameters and FLOPs of a model from the configuration alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_train.config.routing import HashRouterConfig, HierarchicalRouterConfig, NoisyTopKRouterConfig
-from moe_train.config.schema import FFNConfig, ModelConfig
-from moe_train.models.transformer import is_moe_layer
+from moe_train.config.model import ModelConfig
+from moe_train.models.sizes import Size, block_size, mtp_size, score_flops, total, vector
 
 
 @dataclass(frozen=True)
 class Counts:
     """The size of a model.
 
+    A floating-point operation is half a multiply-add; norms, activations and softmaxes are left out. A token sees half
+    of its sequence on average, or what its window holds.
+
     Attributes:
-        total: parameters over all experts, each stored once.
-        active: parameters that a token uses: total without the experts that it does not visit.
-        forward_flops_per_token: floating-point operations (a multiply-add is two) of the forward pass per token at the
-            configured sequence length; attention over half the sequence on average, as it is causal.
-        training_flops_per_token: the same of forward and backward, which costs twice the forward.
+        total: parameters that are stored and trained: each expert once, multi-token prediction included.
+        mtp: those of the modules that predict further tokens, which only training uses.
+        active: parameters that a token uses at inference: K of the E experts, input embedding included.
+        active_without_embedding: the same without the input embedding but with the head, as OpenAI counts (gpt-oss
+            model card, table 1); where they are one matrix, it is the head and counts.
+        forward_flops_per_token: of inference, at the configured sequence length: the mean over a sequence.
+        mtp_flops_per_token: what the modules add to the forward pass of training, products with the head included; the
+            positions at the end of a sequence that have nothing to predict are counted as the others.
     """
 
     total: int
+    mtp: int
     active: int
-    forward_flops_per_token: int
+    active_without_embedding: int
+    forward_flops_per_token: float
+    mtp_flops_per_token: float
 
     @property
-    def training_flops_per_token(self) -> int:
-        """Forward and backward."""
-        return 3 * self.forward_flops_per_token
+    def main(self) -> int:
+        """Parameters without multi-token prediction: what published tables count."""
+        return self.total - self.mtp
+
+    @property
+    def training_flops_per_token(self) -> float:
+        """Forward and backward, which costs twice the forward."""
+        return 3 * (self.forward_flops_per_token + self.mtp_flops_per_token)
 
 
 def count(config: ModelConfig, vocab_size: int, seq_len: int) -> Counts:
@@ -36,40 +49,34 @@ def count(config: ModelConfig, vocab_size: int, seq_len: int) -> Counts:
 
     Args:
         config: the model.
-        vocab_size: tokens V.
+        vocab_size: tokens of the tokenizer; model.vocab_size, where stated, comes first.
         seq_len: positions per sequence, for the FLOPs of attention.
     """
-    width = config.dim // config.heads
-    kv_heads = config.attention.kv_heads or config.heads
-    attention = config.dim * width * (2 * config.heads + 2 * kv_heads)
-    moe_layers = sum(is_moe_layer(config.ffn, layer) for layer in range(config.layers))
-    dense = 3 * config.dim * config.ffn.hidden_dim * (config.layers - moe_layers)
-    expert = 3 * config.dim * config.ffn.expert_dim
-    always = (config.dim * router_rows(config.ffn) + config.ffn.num_shared_experts * expert) * moe_layers
-
-    embedding = vocab_size * config.dim
-    norms = (2 * config.layers + 1) * config.dim
-    matrices = attention * config.layers + dense + always
-    stored = matrices + config.ffn.num_experts * expert * moe_layers
-    used = matrices + config.ffn.top_k * expert * moe_layers
-    head = 0 if config.tie_embeddings else embedding
-
-    scores = 4 * config.heads * width * seq_len // 2 * config.layers
+    embedding = (config.vocab_size or vocab_size) * config.dim
+    blocks = total(block_size(config, layer) for layer in range(config.layers)) + vector(config.dim)
+    modules, depth = mtp_size(config), config.mtp.depth
+    matrices = embedding if config.tie_embeddings else 2 * embedding
     return Counts(
-        total=stored + norms + embedding + head,
-        active=used + norms + embedding + head,
-        forward_flops_per_token=2 * (used + embedding) + scores,
+        total=blocks.stored + matrices + modules.stored,
+        mtp=modules.stored,
+        active=blocks.used + matrices,
+        active_without_embedding=blocks.used + embedding,
+        forward_flops_per_token=flops(config, blocks, range(config.layers), embedding, seq_len),
+        mtp_flops_per_token=flops(
+            config, modules, range(config.layers, config.layers + depth), depth * embedding, seq_len
+        ),
     )
 
 
-def router_rows(ffn: FFNConfig) -> int:
-    """Return the number of vectors of width D that a router's parameters are."""
-    match ffn.router:
-        case HashRouterConfig():
-            return 0
-        case NoisyTopKRouterConfig():
-            return 2 * ffn.num_experts
-        case HierarchicalRouterConfig(groups=groups):
-            return ffn.num_experts + groups
-        case _:
-            return ffn.num_experts
+def flops(config: ModelConfig, size: Size, layers: range, heads: int, seq_len: int) -> float:
+    """Return the operations per token of some layers and their output heads.
+
+    Args:
+        config: the model.
+        size: of the layers.
+        layers: their numbers.
+        heads: entries of the output heads.
+        seq_len: positions per sequence.
+    """
+    scores = sum(score_flops(config, layer, seq_len) for layer in layers)
+    return 2 * (size.multiplied + heads) + scores / seq_len

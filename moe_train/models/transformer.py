@@ -8,17 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_train.config.schema import FFNConfig, ModelConfig
-from moe_train.models.blocks import Block, Linear, RMSNorm, SwiGLU
+from moe_train.config.model import FFNConfig, ModelConfig
+from moe_train.models.attention import rotary_width
+from moe_train.models.blocks import Block, BlockOutput, MTPModule
+from moe_train.models.modules import FeedForward, Linear, RMSNorm, SharedExperts
 from moe_train.moe.balance import Balance, RoutingRecord
 from moe_train.moe.capacity import Capacity
-from moe_train.moe.context import RoutingContext
+from moe_train.moe.context import RoutingContext, ahead
 from moe_train.moe.exchange import Exchange
 from moe_train.moe.experts import Experts
 from moe_train.moe.layer import MoELayer
 from moe_train.moe.roles import Kind, Role
 from moe_train.moe.routers import build_router
-from moe_train.ops.attention import rotary_angles
+from moe_train.ops.rotary import Rotary, rotary_table
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,15 @@ class ModelOutput:
 
     Attributes:
         logits_BSV: [B, S, V] scores of the next token, in the dtype of the activations.
-        records: the router's sums of each MoE layer, in order of depth; empty for a dense model.
+        records: the router's sums of each MoE layer, in order of depth, then of the modules of multi-token prediction;
+            empty for a dense model.
+        mtp_logits: per module of multi-token prediction [B, S, V]: module k (from 0) scores at position i the token
+            i + k + 2. Only in training; the last k + 1 positions mean nothing.
     """
 
     logits_BSV: Tensor
     records: tuple[RoutingRecord, ...]
+    mtp_logits: tuple[Tensor, ...] = ()
 
 
 class Transformer(nn.Module):
@@ -53,11 +59,15 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(build_block(config, layer, exchange) for layer in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.dim, vocab_size, config.init_std)
+        self.mtp = nn.ModuleList(
+            MTPModule(config, build_block(config, config.layers + k, exchange)) for k in range(config.mtp.depth)
+        )
 
     @property
     def moe_layers(self) -> dict[int, MoELayer]:
         """The MoE layers by their depth, in the order of `ModelOutput.records`."""
-        found = ((depth, block.ffn) for depth, block in enumerate(self.blocks) if isinstance(block, Block))
+        blocks = [*self.blocks, *(module.block for module in self.mtp)]
+        found = ((depth, block.ffn) for depth, block in enumerate(blocks) if isinstance(block, Block))
         return {depth: ffn for depth, ffn in found if isinstance(ffn, MoELayer)}
 
     def forward(self, tokens_BS: Tensor, context: RoutingContext | None = None) -> ModelOutput:
@@ -68,24 +78,45 @@ class Transformer(nn.Module):
             context: of the same tokens: padding, place in the global batch, draws; None: a batch of its own, all valid.
         """
         context = context or RoutingContext.of(tokens_BS)
-        angles_SW = rotary_angles(
-            tokens_BS.shape[1],
-            self.config.dim // self.config.heads,
-            self.config.attention.rope_theta,
-            tokens_BS.device,
-        )
         precise = torch.promote_types(self.dtype, torch.float32)
-        cos_SW, sin_SW = angles_SW.cos().to(precise), angles_SW.sin().to(precise)
-        x_BSD = F.embedding(tokens_BS, self.embedding_VD).to(self.dtype)
+        width = rotary_width(self.config)
+        rotary = rotary_table(tokens_BS.shape[1], width, self.config.attention, precise, tokens_BS.device)
+        x_BSD = self.embed(tokens_BS)
         records = []
         for depth, block in enumerate(self.blocks):
-            output = block(x_BSD, cos_SW, sin_SW, context.at_layer(depth))
+            output: BlockOutput = block(x_BSD, rotary, context.at_layer(depth))
             x_BSD = output.x_BSD
-            if output.record is not None:
-                records.append(output.record)
+            records.append(output.record)
         x_BSD = self.norm(x_BSD)
-        logits_BSV = F.linear(x_BSD, self.embedding_VD.to(self.dtype)) if self.head is None else self.head(x_BSD)
-        return ModelOutput(logits_BSV, tuple(records))
+        outputs = self.look_ahead(x_BSD, tokens_BS, rotary, context) if self.training else []
+        records += [output.record for output in outputs]
+        return ModelOutput(
+            logits_BSV=self.score(x_BSD),
+            records=tuple(record for record in records if record is not None),
+            mtp_logits=tuple(self.score(output.x_BSD) for output in outputs),
+        )
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """Return the tokens' vectors [B, S, D]."""
+        return F.embedding(tokens_BS, self.embedding_VD).to(self.dtype)
+
+    def score(self, x_BSD: Tensor) -> Tensor:
+        """Return the logits [B, S, V] of normed vectors."""
+        if self.head is None:
+            return F.linear(x_BSD, self.embedding_VD.to(self.dtype))
+        logits_BSV: Tensor = self.head(x_BSD)
+        return logits_BSV
+
+    def look_ahead(
+        self, x_BSD: Tensor, tokens_BS: Tensor, rotary: Rotary, context: RoutingContext
+    ) -> list[BlockOutput]:
+        """Run the modules of multi-token prediction one after the other, from the model's normed output [B, S, D]."""
+        outputs: list[BlockOutput] = []
+        for k, module in enumerate(self.mtp):
+            embedded_BSD = self.embed(ahead(tokens_BS, k + 1))
+            place = context.ahead(k + 1).at_layer(self.config.layers + k)
+            outputs.append(module(outputs[-1].x_BSD if outputs else x_BSD, embedded_BSD, rotary, place))
+        return outputs
 
 
 @dataclass(frozen=True)
@@ -118,31 +149,52 @@ def build_model(
 
 
 def is_moe_layer(config: FFNConfig, layer: int) -> bool:
-    """Whether layer number ``layer`` (from 0) is MoE: the last of each group of ``every``."""
-    return config.num_experts > 0 and (layer + 1) % config.every == 0
+    """Whether layer number ``layer`` (from 0) is MoE: after the first dense ones, the last of each ``every``."""
+    return config.num_experts > 0 and layer >= config.first_dense and (layer + 1) % config.every == 0
 
 
 def build_block(config: ModelConfig, layer: int, exchange: Exchange) -> Block:
     """Build one block by the layer pattern."""
     # GPT-2: what writes into the residual stream starts smaller, by the root of the number of writers.
     out_std = config.init_std / (2 * config.layers) ** 0.5
-    ffn: SwiGLU | MoELayer
+    ffn: FeedForward | MoELayer
     if is_moe_layer(config.ffn, layer):
         ffn = build_moe(config, exchange, out_std)
     else:
-        ffn = SwiGLU(config.dim, config.ffn.hidden_dim, config.init_std, out_std)
-    return Block(config, ffn, out_std)
+        ffn = FeedForward(config.dim, config.ffn.hidden_dim, config.ffn.activation, config.init_std, out_std)
+    return Block(config, layer, ffn, out_std)
 
 
 def build_moe(config: ModelConfig, exchange: Exchange, out_std: float) -> MoELayer:
     """Build the MoE layer that the configuration describes, with the experts that the exchange keeps here."""
     ffn = config.ffn
-    shared_dim = ffn.num_shared_experts * ffn.expert_dim
     return MoELayer(
         router=build_router(ffn, config.dim, config.init_std),
         capacity=Capacity(ffn.capacity, ffn.num_experts, ffn.top_k),
         exchange=exchange,
-        experts=Experts(config.dim, ffn.expert_dim, exchange.experts, config.init_std, out_std),
+        experts=Experts(
+            config.dim,
+            ffn.expert_dim,
+            exchange.experts,
+            config.init_std,
+            out_std,
+            ffn.expert_activation or ffn.activation,
+            ffn.expert_bias,
+        ),
         balance=Balance(ffn),
-        shared=SwiGLU(config.dim, shared_dim, config.init_std, out_std) if shared_dim else None,
+        shared=build_shared(config, out_std),
     )
+
+
+def build_shared(config: ModelConfig, out_std: float) -> SharedExperts | None:
+    """Build the network that every token visits in a MoE layer, if there is one."""
+    ffn = config.ffn
+    width = shared_width(ffn)
+    if width == 0:
+        return None
+    return SharedExperts(config.dim, width, ffn.activation, config.init_std, out_std, ffn.shared_gate)
+
+
+def shared_width(ffn: FFNConfig) -> int:
+    """Return the joint hidden width of the shared experts; 0: there are none."""
+    return ffn.num_shared_experts * (ffn.shared_dim or ffn.expert_dim)

@@ -13,8 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from moe_train.config.model import FFNConfig
 from moe_train.config.routing import AuxLossConfig, GroupLimitedRouterConfig, ZLossConfig
-from moe_train.config.schema import FFNConfig
 from moe_train.moe.capacity import Plan
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.losses import BalanceLoss, RoutedTokens, ShareLoss, VariationLoss, ZLoss
@@ -110,6 +110,7 @@ class RoutingRecord:
     Every field is a sum over tokens, so that records of ranks and micro-batches add up.
 
     Attributes:
+        tokens: scalar int64, valid tokens.
         counts_E: [E] int64, assignments per expert, before any is dropped.
         dropped_capacity: scalar int64, assignments for which their expert had no room.
         dropped_device: scalar int64, assignments beyond a device's budget.
@@ -119,6 +120,7 @@ class RoutingRecord:
         statistics: per loss of the layer's balance its fp64 vector; differentiable.
     """
 
+    tokens: Tensor
     counts_E: Tensor
     dropped_capacity: Tensor
     dropped_device: Tensor
@@ -138,6 +140,7 @@ class RoutingRecord:
         probabilities_TE = routing.probabilities_TE.detach()
         entropy_T = -torch.xlogy(probabilities_TE, probabilities_TE).sum(dim=1)
         return RoutingRecord(
+            tokens=context.valid_T.sum(),
             counts_E=tokens.assigned_E,
             dropped_capacity=none if plan.device_limited else overflow,
             dropped_device=overflow if plan.device_limited else none,

@@ -7,6 +7,7 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe_train.dist.peers import Alone, Peers
 from moe_train.ops.random import derive_seed, random_bits, uniform
@@ -52,6 +53,14 @@ class RoutingContext:
         """Return the context in a layer: its draws are its own."""
         return replace(self, seed=derive_seed(self.seed, depth))
 
+    def ahead(self, steps: int) -> RoutingContext:
+        """Return the context of a module of multi-token prediction: each place holds the token ``steps`` later.
+
+        The last places of a sequence, and those before padding, have no token to predict: they become padding.
+        """
+        valid_BS = torch.ones_like(self.ids_BS, dtype=torch.bool) if self.valid_BS is None else self.valid_BS
+        return replace(self, ids_BS=ahead(self.ids_BS, steps), valid_BS=ahead(valid_BS, steps))
+
     @property
     def length(self) -> int:
         """Positions S of a sequence."""
@@ -91,3 +100,8 @@ class RoutingContext:
     def counters(places_T: Tensor, num: int) -> Tensor:
         """Return the numbers of the draws of each token: place · num + 0 ... num - 1."""
         return places_T.unsqueeze(1) * num + torch.arange(num, device=places_T.device)
+
+
+def ahead(values_BS: Tensor, steps: int) -> Tensor:
+    """Return [B, S] with the value ``steps`` positions later at each place, zeros (False) at the last ones."""
+    return F.pad(values_BS[:, steps:], (0, min(steps, values_BS.shape[1])))

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention and rotary positions."""
+"""Causal attention: shared key heads, windows, sinks."""
 
 from __future__ import annotations
 
@@ -7,51 +7,94 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def causal_attention(q_BHSW: Tensor, k_BGSW: Tensor, v_BGSW: Tensor) -> Tensor:
+def causal_attention(
+    q_BHSW: Tensor,
+    k_BGSW: Tensor,
+    v_BGSU: Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     """Attend to this and earlier positions.
 
     Args:
         q_BHSW: [B, H, S, W] queries.
         k_BGSW: [B, G, S, W] keys; each of the G heads serves H / G consecutive query heads (GQA, arXiv 2305.13245).
-        v_BGSW: [B, G, S, W] values.
+        v_BGSU: [B, G, S, U] values.
+        scale: multiplies the scores; None: 1 / sqrt(W).
+        window: positions that a query sees, its own included; None: all earlier ones.
+        sinks_H: [H] scores that take part in the softmax of every query and have no value (gpt-oss); None: none.
 
     Returns:
-        [B, H, S, W].
+        [B, H, S, U].
     """
+    scale = q_BHSW.shape[-1] ** -0.5 if scale is None else scale
     shared = q_BHSW.shape[1] // k_BGSW.shape[1]
     if shared > 1:
-        k_BGSW, v_BGSW = (t.repeat_interleave(shared, dim=1) for t in (k_BGSW, v_BGSW))
-    return F.scaled_dot_product_attention(q_BHSW, k_BGSW, v_BGSW, is_causal=True)
+        k_BGSW, v_BGSU = (t.repeat_interleave(shared, dim=1) for t in (k_BGSW, v_BGSU))
+    if sinks_H is not None:
+        q_BHSW, k_BGSW, v_BGSU = with_sinks(q_BHSW, k_BGSW, v_BGSU, sinks_H / scale)
+    length, sinks = q_BHSW.shape[2], int(sinks_H is not None)
+    if window is None or window >= length - sinks:
+        y_BHSU = F.scaled_dot_product_attention(q_BHSW, k_BGSW, v_BGSU, is_causal=True, scale=scale)
+    else:
+        seen_SS = window_mask(length - sinks, window, q_BHSW.device)
+        seen_SS = F.pad(seen_SS, (sinks, 0, sinks, 0), value=True)
+        y_BHSU = F.scaled_dot_product_attention(q_BHSW, k_BGSW, v_BGSU, attn_mask=seen_SS, scale=scale)
+    return y_BHSU[:, :, sinks:]
 
 
-def causal_attention_reference(q_BHSW: Tensor, k_BGSW: Tensor, v_BGSW: Tensor) -> Tensor:
-    """Do the same with a plain softmax, one head at a time."""
-    shared = q_BHSW.shape[1] // k_BGSW.shape[1]
-    length = q_BHSW.shape[2]
-    future_SS = torch.ones(length, length, dtype=torch.bool, device=q_BHSW.device).triu(1)
-    heads = []
-    for head in range(q_BHSW.shape[1]):
-        k_BSW, v_BSW = k_BGSW[:, head // shared], v_BGSW[:, head // shared]
-        scores_BSS = q_BHSW[:, head] @ k_BSW.transpose(1, 2) / q_BHSW.shape[3] ** 0.5
-        heads.append(scores_BSS.masked_fill(future_SS, float("-inf")).softmax(dim=-1) @ v_BSW)
-    return torch.stack(heads, dim=1)
+def with_sinks(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSU: Tensor, scores_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Put a sink before the first position, as a key that every query meets with its head's score.
 
-
-def rotary_angles(length: int, width: int, theta: float, device: torch.device) -> Tensor:
-    """Return the rotation angles [S, W/2] in fp64 (RoFormer, arXiv 2104.09864, eq. 15): position · theta^(-2i/W)."""
-    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=device) / width
-    positions_S = torch.arange(length, dtype=torch.float64, device=device)
-    return torch.outer(positions_S, theta**-exponents)
-
-
-def rotate(x_BHSW: Tensor, cos_SW: Tensor, sin_SW: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + W/2) of each head by its position's angles (the half-split layout of Llama).
+    One more component does it: 1 in the queries, the score in the sink's key, 0 in all others. So torch's fused kernels
+    serve, and the gradient of the sinks comes by itself. The sink's own query is there to keep the triangle square.
 
     Args:
-        x_BHSW: [B, H, S, W] queries or keys; any dtype, computed in that of the tables.
-        cos_SW: [S, W/2] cosines.
-        sin_SW: [S, W/2] sines.
+        q_BHSW: [B, H, S, W] queries.
+        k_BHSW: [B, H, S, W] keys.
+        v_BHSU: [B, H, S, U] values.
+        scores_H: [H] scores before they are scaled.
+
+    Returns:
+        Queries and keys [B, H, S + 1, W + 1], values [B, H, S + 1, U].
     """
-    first, second = x_BHSW.to(cos_SW.dtype).chunk(2, dim=-1)
-    turned = torch.cat([first * cos_SW - second * sin_SW, second * cos_SW + first * sin_SW], dim=-1)
-    return turned.to(x_BHSW.dtype)
+    batch, heads, _, width = q_BHSW.shape
+    sink_BHW = F.pad(scores_H.to(k_BHSW.dtype).view(1, heads, 1, 1), (width, 0)).expand(batch, -1, -1, -1)
+    q_BHSW = F.pad(F.pad(q_BHSW, (0, 1), value=1.0), (0, 0, 1, 0))
+    k_BHSW = torch.cat([sink_BHW, F.pad(k_BHSW, (0, 1))], dim=2)
+    return q_BHSW, k_BHSW, F.pad(v_BHSU, (0, 0, 1, 0))
+
+
+def window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """Return [S, S] bool: whether query i sees key j, that is i - window < j <= i."""
+    positions_S = torch.arange(length, device=device)
+    distance_SS = positions_S.unsqueeze(1) - positions_S
+    return (distance_SS >= 0) & (distance_SS < window)
+
+
+def causal_attention_reference(
+    q_BHSW: Tensor,
+    k_BGSW: Tensor,
+    v_BGSU: Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """Do the same with a plain softmax, one head and one query at a time."""
+    shared = q_BHSW.shape[1] // k_BGSW.shape[1]
+    length, width = q_BHSW.shape[2:]
+    scale = width**-0.5 if scale is None else scale
+    heads = []
+    for head in range(q_BHSW.shape[1]):
+        k_BSW, v_BSU = k_BGSW[:, head // shared], v_BGSU[:, head // shared]
+        rows = []
+        for i in range(length):
+            first = 0 if window is None else max(0, i + 1 - window)
+            scores_BJ = (k_BSW[:, first : i + 1] @ q_BHSW[:, head, i].unsqueeze(2)).squeeze(2) * scale
+            if sinks_H is not None:
+                scores_BJ = torch.cat([scores_BJ, sinks_H[head].expand(len(scores_BJ), 1)], dim=1)
+            shares_BJ = scores_BJ.softmax(dim=1)[:, : i + 1 - first]
+            rows.append((shares_BJ.unsqueeze(1) @ v_BSU[:, first : i + 1]).squeeze(1))
+        heads.append(torch.stack(rows, dim=1))
+    return torch.stack(heads, dim=1)

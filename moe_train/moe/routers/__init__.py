@@ -7,6 +7,7 @@ from typing import Protocol, assert_never
 
 from torch import Tensor
 
+from moe_train.config.model import FFNConfig
 from moe_train.config.routing import (
     BaseRouterConfig,
     ExpertChoiceRouterConfig,
@@ -21,7 +22,6 @@ from moe_train.config.routing import (
     TopKRouterConfig,
     TopKSoftmaxRouterConfig,
 )
-from moe_train.config.schema import FFNConfig
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.roles import Kind, Role
 from moe_train.moe.routers.base import BaseRouter
@@ -62,8 +62,8 @@ def build_router(ffn: FFNConfig, dim: int, init_std: float) -> Router:
     match config:
         case TopKRouterConfig(normalize=normalize):
             return score_router(config, role, biased, Scoring(sigmoid=False, normalised=normalize == "selected"))
-        case TopKSoftmaxRouterConfig():
-            return score_router(config, role, biased, Scoring(sigmoid=False, normalised=True))
+        case TopKSoftmaxRouterConfig(bias=bias):
+            return score_router(config, role, biased, Scoring(sigmoid=False, normalised=True, logit_bias=bias))
         case SigmoidRouterConfig(normalize=normalize):
             return score_router(config, role, biased, Scoring(sigmoid=True, normalised=normalize == "selected"))
         case SwitchRouterConfig():

@@ -21,12 +21,21 @@ class LinearRouter(nn.Module):
         config: scale, jitter and expert dropout.
         role: of the weight; says how it is initialised.
         biased: whether loss-free balancing moves a bias on the choice.
+        logit_bias: whether a learned bias is added to the logits.
     """
 
     bias_E: Tensor | None
+    logit_bias_E: nn.Parameter | None
 
     def __init__(
-        self, dim: int, num_experts: int, top_k: int, config: LearnedRouterConfig, role: Role, biased: bool = False
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        config: LearnedRouterConfig,
+        role: Role,
+        biased: bool = False,
+        logit_bias: bool = False,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -35,7 +44,8 @@ class LinearRouter(nn.Module):
         self.jitter = config.jitter
         self.expert_dropout = config.expert_dropout
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.roles = {"weight": role}
+        self.register_parameter("logit_bias_E", nn.Parameter(torch.empty(num_experts)) if logit_bias else None)
+        self.roles = {"weight": role, "logit_bias_E": Role(Kind.ROUTER, 0.0)}
         # A buffer, not a parameter: no gradient, no decay; saved with the model, because the choice depends on it.
         self.register_buffer("bias_E", torch.zeros(num_experts) if biased else None)
 
@@ -52,7 +62,8 @@ class LinearRouter(nn.Module):
 
     def logits(self, inputs_TD: Tensor) -> Tensor:
         """Return the scores [T, E] of inputs made by `precise_inputs`, in their dtype."""
-        return F.linear(inputs_TD, self.weight.to(inputs_TD.dtype))
+        bias_E = None if self.logit_bias_E is None else self.logit_bias_E.to(inputs_TD.dtype)
+        return F.linear(inputs_TD, self.weight.to(inputs_TD.dtype), bias_E)
 
     def offered(self, ranking_TE: Tensor, context: RoutingContext) -> Tensor:
         """Return the ranking [T, E] without gradient, with -inf for experts that dropout takes from a token."""

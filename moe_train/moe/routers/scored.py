@@ -54,11 +54,13 @@ class Scoring:
         sigmoid: scores by sigmoid instead of softmax.
         normalised: chosen scores are divided by their sum; else they are the weights.
         limit: groups from which experts may come, or None.
+        logit_bias: whether a learned bias is added to the logits.
     """
 
     sigmoid: bool
     normalised: bool
     limit: GroupLimit | None = None
+    logit_bias: bool = False
 
 
 class ScoreRouter(LinearRouter):
@@ -89,7 +91,7 @@ class ScoreRouter(LinearRouter):
         biased: bool,
         scoring: Scoring,
     ) -> None:
-        super().__init__(dim, num_experts, top_k, config, role, biased)
+        super().__init__(dim, num_experts, top_k, config, role, biased, scoring.logit_bias)
         self.scoring = scoring
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:

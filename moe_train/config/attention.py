@@ -1,0 +1,84 @@
+"""The keys of attention: how positions enter, what the heads are, what they see."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from moe_train.config.base import Strict
+
+
+class YarnConfig(Strict):
+    """YaRN: rotary positions stretched to texts longer than the model was trained on (arXiv 2309.00071, section 3).
+
+    The magnitudes follow DeepSeek's published code: with m(a) = 0.1 · a · ln(factor) + 1, rotated queries and keys are
+    multiplied by m(mscale) / m(mscale_all_dim), and the scores of latent attention by m(mscale_all_dim)².
+    """
+
+    factor: Annotated[float, Field(gt=1.0)] = 40.0
+    """How many times longer texts become."""
+    original_length: PositiveInt = 4096
+    """Longest text before stretching, in tokens."""
+    beta_fast: PositiveFloat = 32.0
+    """Frequencies that turn more often than this over the original length stay as they are."""
+    beta_slow: PositiveFloat = 1.0
+    """Frequencies that turn less often than this are divided by the factor; those between are blended."""
+    truncate: bool = True
+    """Whether the bounds of the blend are rounded outwards to whole frequencies (gpt-oss does not)."""
+    mscale: NonNegativeFloat = 1.0
+    """a in the magnitude of rotated queries and keys."""
+    mscale_all_dim: NonNegativeFloat = 0.0
+    """a in the magnitude of all scores (latent attention only)."""
+
+
+class RotaryConfig(Strict):
+    """What all kinds of attention have in common: rotary positions."""
+
+    rope_theta: Annotated[float, Field(gt=1.0)] = 10_000.0
+    """Base of the rotary frequencies."""
+    yarn: YarnConfig | None = None
+    """Stretching to longer texts; null: none."""
+
+
+class GroupedQueryConfig(RotaryConfig):
+    """Grouped-query attention: several query heads share a key and a value head (arXiv 2305.13245)."""
+
+    kind: Literal["gqa"] = "gqa"
+    """Kind of attention."""
+    kv_heads: PositiveInt | None = None
+    """Key and value heads; divides model.heads. null: as many as model.heads (multi-head attention)."""
+    head_dim: PositiveInt | None = None
+    """Width of a head; null: model.dim / model.heads."""
+    qkv_bias: bool = False
+    """Whether the projections to queries, keys and values have a bias (Qwen2)."""
+    out_bias: bool = False
+    """Whether the output projection has a bias (gpt-oss)."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMSNorm of queries and keys: of each head (Qwen3), or over all heads together (OLMoE)."""
+    window: PositiveInt | None = None
+    """Positions that a token sees, itself included; null: all earlier ones."""
+    full_every: PositiveInt | None = None
+    """With a window: every n-th layer (the last of each n) sees all positions (gpt-oss: 2); null: none does."""
+    sinks: bool = False
+    """A learned score per head that takes part in the softmax and has no value (gpt-oss): a head may look nowhere."""
+
+
+class LatentConfig(RotaryConfig):
+    """Multi-head latent attention: keys and values are made of one small vector per token (DeepSeek-V2, 2.1)."""
+
+    kind: Literal["mla"] = "mla"
+    """Kind of attention."""
+    q_rank: PositiveInt | None = None
+    """Width of the compressed queries; null: queries are not compressed (DeepSeek-V2-Lite)."""
+    kv_rank: PositiveInt = 512
+    """Width of the compressed keys and values."""
+    nope_dim: PositiveInt = 128
+    """Width of a head's part of query and key without position."""
+    rope_dim: PositiveInt = 64
+    """Width of its part with rotary position; that of the key is shared by all heads."""
+    v_dim: PositiveInt = 128
+    """Width of a head's value."""
+
+
+AttentionConfig: TypeAlias = Annotated[GroupedQueryConfig | LatentConfig, Field(discriminator="kind")]

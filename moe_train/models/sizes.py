@@ -1,0 +1,153 @@
+"""Sizes of the parts of a model in closed form: what each stores, uses and multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from moe_train.config.attention import GroupedQueryConfig, LatentConfig
+from moe_train.config.model import Activation, FFNConfig, ModelConfig
+from moe_train.config.routing import (
+    HashRouterConfig,
+    HierarchicalRouterConfig,
+    NoisyTopKRouterConfig,
+    TopKSoftmaxRouterConfig,
+)
+from moe_train.models.attention import head_width, window_of
+from moe_train.models.transformer import is_moe_layer
+from moe_train.ops.activation import inner_width
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a part of a model costs.
+
+    Attributes:
+        stored: parameters, all experts included.
+        used: parameters that one token uses: K of the E experts.
+        multiplied: those of the used ones that stand in matrices, each a multiplication and an addition per token.
+    """
+
+    stored: int = 0
+    used: int = 0
+    multiplied: int = 0
+
+    def __add__(self, other: Size) -> Size:
+        return Size(self.stored + other.stored, self.used + other.used, self.multiplied + other.multiplied)
+
+
+def total(sizes: Iterable[Size]) -> Size:
+    """Return the sum of parts."""
+    return sum(sizes, Size())
+
+
+def matrix(rows: int, columns: int) -> Size:
+    """Return the size of a matrix that every token is multiplied with."""
+    return Size(rows * columns, rows * columns, rows * columns)
+
+
+def vector(width: int) -> Size:
+    """Return the size of a bias or gain that every token uses; its operations do not count."""
+    return Size(width, width)
+
+
+def grouped_query_size(config: ModelConfig, attention: GroupedQueryConfig) -> Size:
+    """Return the size of grouped-query attention."""
+    width = head_width(config, attention)
+    queries, keys = config.heads * width, (attention.kv_heads or config.heads) * width
+    size = matrix(queries + 2 * keys, config.dim) + matrix(config.dim, queries)
+    if attention.qkv_bias:
+        size += vector(queries + 2 * keys)
+    if attention.out_bias:
+        size += vector(config.dim)
+    if attention.sinks:
+        size += vector(config.heads)
+    return size + vector({"none": 0, "head": 2 * width, "full": queries + keys}[attention.qk_norm])
+
+
+def latent_size(config: ModelConfig, attention: LatentConfig) -> Size:
+    """Return the size of multi-head latent attention (DeepSeek-V2, 2.1 and appendix C)."""
+    queries = config.heads * (attention.nope_dim + attention.rope_dim)
+    keys_values = config.heads * (attention.nope_dim + attention.v_dim)
+    size = matrix(attention.kv_rank + attention.rope_dim, config.dim) + vector(attention.kv_rank)
+    size += matrix(keys_values, attention.kv_rank) + matrix(config.dim, config.heads * attention.v_dim)
+    if attention.q_rank is None:
+        return size + matrix(queries, config.dim)
+    return size + matrix(attention.q_rank, config.dim) + vector(attention.q_rank) + matrix(queries, attention.q_rank)
+
+
+def attention_size(config: ModelConfig) -> Size:
+    """Return the size of the attention of one block."""
+    if isinstance(config.attention, LatentConfig):
+        return latent_size(config, config.attention)
+    return grouped_query_size(config, config.attention)
+
+
+def network_size(dim: int, hidden_dim: int, activation: Activation, biased: bool = False) -> Size:
+    """Return the size of a feed-forward network; one with a gate has three projections, else two."""
+    inner = inner_width(activation, hidden_dim)
+    size = matrix(inner, dim) + matrix(dim, hidden_dim)
+    return size + vector(inner + dim) if biased else size
+
+
+def router_size(dim: int, ffn: FFNConfig) -> Size:
+    """Return the size of a router. The bias of loss-free balancing is a buffer: it is moved, not trained."""
+    match ffn.router:
+        case HashRouterConfig():
+            return Size()
+        case NoisyTopKRouterConfig():
+            return matrix(2 * ffn.num_experts, dim)
+        case HierarchicalRouterConfig(groups=groups):
+            return matrix(ffn.num_experts + groups, dim)
+        case TopKSoftmaxRouterConfig(bias=True):
+            return matrix(ffn.num_experts, dim) + vector(ffn.num_experts)
+        case _:
+            return matrix(ffn.num_experts, dim)
+
+
+def moe_size(dim: int, ffn: FFNConfig) -> Size:
+    """Return the size of a MoE layer: router, routed and shared experts."""
+    expert = network_size(dim, ffn.expert_dim, ffn.expert_activation or ffn.activation, ffn.expert_bias)
+    routed = Size(ffn.num_experts * expert.stored, ffn.top_k * expert.used, ffn.top_k * expert.multiplied)
+    size = router_size(dim, ffn) + routed
+    if ffn.num_shared_experts:
+        size += network_size(dim, ffn.num_shared_experts * (ffn.shared_dim or ffn.expert_dim), ffn.activation)
+        size += matrix(1, dim) if ffn.shared_gate else Size()
+    return size
+
+
+def block_size(config: ModelConfig, layer: int) -> Size:
+    """Return the size of a block: two norms, attention, and what the layer pattern says."""
+    if is_moe_layer(config.ffn, layer):
+        ffn = moe_size(config.dim, config.ffn)
+    else:
+        ffn = network_size(config.dim, config.ffn.hidden_dim, config.ffn.activation)
+    return vector(2 * config.dim) + attention_size(config) + ffn
+
+
+def mtp_size(config: ModelConfig) -> Size:
+    """Return the size of all modules that predict further tokens (DeepSeek-V3, 2.2).
+
+    Each has two norms, a projection from 2·D to D, a block and a last norm; embedding and head are the model's.
+    """
+    module = vector(3 * config.dim) + matrix(config.dim, 2 * config.dim)
+    return total(module + block_size(config, config.layers + k) for k in range(config.mtp.depth))
+
+
+def seen_positions(seq_len: int, window: int | None) -> int:
+    """Return how many positions all tokens of a sequence see together, themselves included: causal, in a window."""
+    reach = min(window or seq_len, seq_len)
+    return reach * (reach + 1) // 2 + (seq_len - reach) * reach
+
+
+def score_flops(config: ModelConfig, layer: int, seq_len: int) -> int:
+    """Return the operations of a sequence in the products of queries, keys and values of one layer.
+
+    What a token does not see is not counted, whether or not it is computed.
+    """
+    attention = config.attention
+    if isinstance(attention, LatentConfig):
+        widths, window = attention.nope_dim + attention.rope_dim + attention.v_dim, None
+    else:
+        widths, window = 2 * head_width(config, attention), window_of(attention, layer)
+    return 2 * config.heads * widths * seen_positions(seq_len, window)

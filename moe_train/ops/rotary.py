@@ -1,0 +1,91 @@
+"""Rotary positions, plain and stretched to longer texts (YaRN)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_train.config.attention import RotaryConfig, YarnConfig
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The rotation of each position, times the magnitude that YaRN gives it.
+
+    Attributes:
+        cos_SW: [S, W/2] cosines.
+        sin_SW: [S, W/2] sines.
+    """
+
+    cos_SW: Tensor
+    sin_SW: Tensor
+
+
+def rotary_table(length: int, width: int, config: RotaryConfig, dtype: torch.dtype, device: torch.device) -> Rotary:
+    """Return the rotations of the first ``length`` positions, computed in fp64.
+
+    Args:
+        length: positions S.
+        width: W, of the part of a head that is rotated.
+        config: base and stretching.
+        dtype: of the table; at least fp32, so that late positions keep their phase.
+        device: of the table.
+    """
+    positions_S = torch.arange(length, dtype=torch.float64, device=device)
+    angles_SW = torch.outer(positions_S, frequencies(width, config, device))
+    size = 1.0 if config.yarn is None else rotary_magnitude(config.yarn)
+    return Rotary((size * angles_SW.cos()).to(dtype), (size * angles_SW.sin()).to(dtype))
+
+
+def frequencies(width: int, config: RotaryConfig, device: torch.device) -> Tensor:
+    """Return the angle per position of each pair, [W/2] fp64: theta^(-2i/W) (RoFormer, arXiv 2104.09864, eq. 15).
+
+    With YaRN (arXiv 2309.00071, eq. 13 to 17) slow frequencies are divided by the factor, fast ones stay.
+    """
+    pairs_W = torch.arange(width // 2, dtype=torch.float64, device=device)
+    plain_W = config.rope_theta ** (-2.0 * pairs_W / width)
+    yarn = config.yarn
+    if yarn is None:
+        return plain_W
+    low, high = (pair_that_turns(turns, width, config.rope_theta, yarn) for turns in (yarn.beta_fast, yarn.beta_slow))
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    stretched_W = ((pairs_W - low) / max(high - low, 1e-3)).clamp(0.0, 1.0)
+    return plain_W * (1.0 - stretched_W) + plain_W / yarn.factor * stretched_W
+
+
+def pair_that_turns(turns: float, width: int, theta: float, yarn: YarnConfig) -> float:
+    """Return the (fractional) index of the pair that turns so many times over the original length (YaRN, eq. 17)."""
+    return width * math.log(yarn.original_length / (2.0 * math.pi * turns)) / (2.0 * math.log(theta))
+
+
+def magnitude(factor: float, a: float) -> float:
+    """Return 0.1 · a · ln(factor) + 1 (YaRN, eq. 22, with DeepSeek's a)."""
+    return 0.1 * a * math.log(factor) + 1.0
+
+
+def rotary_magnitude(yarn: YarnConfig) -> float:
+    """Return what rotated queries and keys are multiplied with."""
+    return magnitude(yarn.factor, yarn.mscale) / magnitude(yarn.factor, yarn.mscale_all_dim)
+
+
+def score_magnitude(yarn: YarnConfig | None) -> float:
+    """Return what the scores of latent attention are multiplied with (DeepSeek-V2's published code)."""
+    return 1.0 if yarn is None else magnitude(yarn.factor, yarn.mscale_all_dim) ** 2
+
+
+def rotate(x_BHSW: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate the pairs (i, i + W/2) of each head by its position's angles (the half-split layout of Llama).
+
+    Args:
+        x_BHSW: [B, H, S, W] queries or keys; any dtype, computed in that of the table.
+        rotary: of S positions and width W.
+    """
+    first, second = x_BHSW.to(rotary.cos_SW.dtype).chunk(2, dim=-1)
+    cos_SW, sin_SW = rotary.cos_SW, rotary.sin_SW
+    turned = torch.cat([first * cos_SW - second * sin_SW, second * cos_SW + first * sin_SW], dim=-1)
+    return turned.to(x_BHSW.dtype)
