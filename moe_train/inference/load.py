@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from moe_train.checkpoint.reader import Checkpoint, open_at
-from moe_train.config.rules import layout_problems
+from moe_train.config.rules import embedding_rows, layout_problems
 from moe_train.config.schema import TrainConfig
 from moe_train.config.validate import validate
 from moe_train.data.tokenizer import Tokenizer
@@ -69,7 +69,8 @@ def load_trained(run_dir: Path, checkpoint: str, ep: int, world: World) -> Train
     tokenizer = Tokenizer.load(run_dir / "tokenizer.json", config.tokenizer.boundary_token)
     source = open_at(run_dir if checkpoint == "latest" else Path(checkpoint).expanduser(), world, mesh)
     exchange = exchange_for(mesh, config.model.ffn.num_experts, is_padded(config.model.ffn.capacity))
-    model = build_model(config.model, tokenizer.vocab_size, exchange, config.train.precision, world.device)
+    vocab_size = embedding_rows(config.model, tokenizer.vocab_size)
+    model = build_model(config.model, vocab_size, exchange, config.train.precision, world.device)
     roles = roles_of(model)
     tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
     source.fill(tensors, {f"model.{name}" for name, role in roles.items() if role.kind is Kind.EXPERT})

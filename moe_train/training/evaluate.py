@@ -42,7 +42,7 @@ def evaluate(
     for window in heldout_batches(store, seq_len, batch, world.rank, world.size, limit):
         inputs = to_inputs(window, model, mesh, seed=0)  # nothing is drawn in evaluation
         logits_TV = model(inputs.tokens_BS, inputs.context).logits_BSV.flatten(0, 1)
-        sums[0] += cross_entropy_sum(logits_TV, inputs.labels_T).cpu()
+        sums[0] += cross_entropy_sum(logits_TV, inputs.labels_BS.flatten()).cpu()
         sums[1] += int((window.labels_BS != IGNORE).sum())
     model.train(was_training)
     loss_sum, tokens = world.sum_on_host(sums).tolist()

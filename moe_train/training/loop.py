@@ -17,10 +17,9 @@ from moe_train.observe.records import parse_record
 from moe_train.observe.sinks import RunContext, SinkGroup, open_sinks
 from moe_train.observe.sinks.jsonl import FILE_NAME
 from moe_train.ops.loss import IGNORE
-from moe_train.ops.random import derive_seed
 from moe_train.training.evaluate import evaluate
-from moe_train.training.optim import learning_rate
 from moe_train.training.random import random_state
+from moe_train.training.schedule import settings_at
 from moe_train.training.setup import Run, identity, micro_batch
 from moe_train.training.signals import StopRequest
 from moe_train.training.speed import memory_gib, model_flops_utilisation
@@ -62,13 +61,12 @@ def fit(run: Run) -> Outcome:
         step, signal = run.start_step, None
         while step < config.train.steps and signal is None:
             batches, tokens, signal = next_batches(run, stop, window)
-            rate = learning_rate(step, config.train.steps, config.optim)
-            draws = derive_seed(config.run.seed, step)
-            result = train_step(run.engine, run.mesh, batches, tokens, rate, config.train.clip_norm, draws)
+            settings = settings_at(step, config, run.corpus.tokenizer.boundary_id)
+            result = train_step(run.engine, run.mesh, batches, tokens, settings)
             step += 1
             window.steps, window.tokens = window.steps + 1, window.tokens + tokens
             if step % config.log.every == 0 or step in (1, config.train.steps):
-                sinks.write(train_record(run, step, rate, tokens, result, window))
+                sinks.write(train_record(run, step, settings.learning_rate, tokens, result, window))
                 window = Window()
             if due(step, config.eval.every) and step < config.train.steps:
                 write_eval(sinks, step, held_out(run, config.eval.batches))

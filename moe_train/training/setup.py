@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 from pydantic import BaseModel
@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from moe_train.checkpoint.compatibility import check_compatible
 from moe_train.checkpoint.manager import CheckpointManager
 from moe_train.checkpoint.reader import CHECKPOINTS, Checkpoint
+from moe_train.config.rules import embedding_rows
 from moe_train.config.schema import TrainConfig
 from moe_train.data.corpus import Corpus, open_corpus
 from moe_train.data.loader import TrainLoader
@@ -21,7 +22,7 @@ from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World
 from moe_train.errors import ConfigError, Problem
 from moe_train.models.initialise import initialise
-from moe_train.models.transformer import build_model
+from moe_train.models.transformer import Transformer, build_model
 from moe_train.moe.capacity import is_padded
 from moe_train.moe.exchange import exchange_for
 from moe_train.observe.environment import environment
@@ -65,8 +66,20 @@ class Run:
         return self.config.train.global_batch // (micro_batch(self.config, self.world) * self.world.size)
 
 
-def build_run(config: TrainConfig, world: World) -> Run:
+class Starter(Protocol):
+    """Gives a model the first weights of the folder ``model.init_from``."""
+
+    def __call__(self, model: Transformer, vocab_size: int, world: World, seed: int) -> None:
+        """Overwrite the model's values in place. Collective."""
+
+
+def build_run(config: TrainConfig, world: World, starter: Starter) -> Run:
     """Prepare data, model and optimizer, and go on from a checkpoint when there is one. Collective.
+
+    Args:
+        config: validated.
+        world: the processes.
+        starter: for a run that begins with ``model.init_from``.
 
     Raises:
         ConfigError, DataError, CheckpointError: on all ranks alike.
@@ -75,7 +88,8 @@ def build_run(config: TrainConfig, world: World) -> Run:
     mesh = build_mesh(world, config.parallel.ep)
     corpus = open_corpus(config.data, config.tokenizer, world.leader_first)
     exchange = exchange_for(mesh, config.model.ffn.num_experts, is_padded(config.model.ffn.capacity))
-    model = build_model(config.model, corpus.tokenizer.vocab_size, exchange, config.train.precision, world.device)
+    vocab_size = embedding_rows(config.model, corpus.tokenizer.vocab_size)
+    model = build_model(config.model, vocab_size, exchange, config.train.precision, world.device)
     initialise(model, config.run.seed)
     engine = TorchEngine(model, build_optimizer(model, config.optim), mesh)
     loader = TrainLoader(
@@ -89,6 +103,8 @@ def build_run(config: TrainConfig, world: World) -> Run:
     )
     manager = CheckpointManager(Path(config.run.dir).expanduser() / CHECKPOINTS, world, mesh, config.checkpoint.keep)
     checkpoint = manager.resume(config.checkpoint.resume)
+    if checkpoint is None and config.model.init_from is not None:
+        starter(model, vocab_size, world, config.run.seed)
     if checkpoint is not None:
         restore(checkpoint, identity(config, corpus), engine, loader, world)
     run = Run(config, world, mesh, corpus, engine, loader, manager, checkpoint.step if checkpoint else 0)

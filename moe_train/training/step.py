@@ -16,7 +16,29 @@ from moe_train.models.transformer import ModelOutput, Transformer
 from moe_train.moe.context import RoutingContext
 from moe_train.ops.loss import IGNORE, cross_entropy_sum
 from moe_train.parallel.engine import Engine
+from moe_train.training.mtp import mtp_loss
 from moe_train.training.tally import Statistics, Tally, total_statistics
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What may differ from step to step, equal on every rank.
+
+    Attributes:
+        learning_rate: of this step.
+        clip_norm: largest gradient norm, or None.
+        seed: of what routers draw in this step.
+        mtp_coef: weight of the mean loss of the modules of multi-token prediction.
+        moves_biases: whether loss-free balancing still moves its biases.
+        boundary_id: token that ends a document; no module predicts beyond it. None: one document without end.
+    """
+
+    learning_rate: float
+    clip_norm: float | None
+    seed: int
+    mtp_coef: float = 0.0
+    moves_biases: bool = True
+    boundary_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -32,15 +54,7 @@ class StepResult:
     tally: Tally
 
 
-def train_step(
-    engine: Engine,
-    mesh: Mesh,
-    batches: Sequence[Batch],
-    tokens: int,
-    learning_rate: float,
-    clip_norm: float | None,
-    seed: int,
-) -> StepResult:
+def train_step(engine: Engine, mesh: Mesh, batches: Sequence[Batch], tokens: int, settings: StepSettings) -> StepResult:
     """Run the micro-batches of one optimizer step and update.
 
     Args:
@@ -48,23 +62,24 @@ def train_step(
         mesh: the groups.
         batches: this rank's micro-batches; every rank has the same number.
         tokens: valid tokens of the step over all ranks and micro-batches, by which every gradient is divided once.
-        learning_rate: of this step.
-        clip_norm: largest gradient norm, or None.
-        seed: of what routers draw in this step.
+        settings: of this step.
     """
     model = engine.model
     tally = Tally(model.moe_layers)
     engine.zero_grad()
-    inputs = [to_inputs(batch, model, mesh, seed) for batch in batches]
+    inputs = [to_inputs(batch, model, mesh, settings.seed) for batch in batches]
     totals = step_totals(model, mesh, inputs)
     for micro_batch in inputs:
         output: ModelOutput = model(micro_batch.tokens_BS, micro_batch.context)
-        loss_sum = cross_entropy_sum(output.logits_BSV.flatten(0, 1), micro_batch.labels_T)
-        balance_sum = balance_loss_sum(model, output, totals or pass_totals(model, mesh, output))
-        engine.backward((loss_sum + balance_sum) / tokens)
-        tally.add(loss_sum, output.records)
-    grad_norm = engine.step(learning_rate, clip_norm)
-    move_biases(model, mesh, tally)
+        loss_sum = cross_entropy_sum(output.logits_BSV.flatten(0, 1), micro_batch.labels_BS.flatten())
+        mtp = mtp_loss(output, micro_batch.labels_BS, settings.boundary_id)
+        balance_totals = totals or pass_totals(model, mesh, output)
+        balance_sum = balance_loss_sum(model, output, balance_totals, settings.mtp_coef)
+        engine.backward((loss_sum + settings.mtp_coef * mtp.mean_sum + balance_sum) / tokens)
+        tally.add(loss_sum, output.records, mtp)
+    grad_norm = engine.step(settings.learning_rate, settings.clip_norm)
+    if settings.moves_biases:
+        move_biases(model, mesh, tally)
     return StepResult(grad_norm, tally)
 
 
@@ -74,12 +89,12 @@ class Inputs:
 
     Attributes:
         tokens_BS: [B, S] int64.
-        labels_T: [B · S] int64, IGNORE where there is no target.
+        labels_BS: [B, S] int64, IGNORE where there is no target.
         context: what routers know of these tokens.
     """
 
     tokens_BS: Tensor
-    labels_T: Tensor
+    labels_BS: Tensor
     context: RoutingContext
 
 
@@ -96,7 +111,7 @@ def to_inputs(batch: Batch, model: Transformer, mesh: Mesh, seed: int) -> Inputs
         seed=seed,
         peers=Together(mesh.world),
     )
-    return Inputs(tokens_BS, batch.labels_BS.flatten().to(device, non_blocking=True), context)
+    return Inputs(tokens_BS, batch.labels_BS.to(device, non_blocking=True), context)
 
 
 def step_totals(model: Transformer, mesh: Mesh, inputs: Sequence[Inputs]) -> list[Statistics]:
@@ -122,11 +137,17 @@ def pass_totals(model: Transformer, mesh: Mesh, output: ModelOutput) -> list[Sta
     return [record.statistics for record in output.records]
 
 
-def balance_loss_sum(model: Transformer, output: ModelOutput, totals: list[Statistics]) -> Tensor:
-    """Return what adds the gradient of the weighted balance losses of one micro-batch, summed over layers."""
+def balance_loss_sum(model: Transformer, output: ModelOutput, totals: list[Statistics], mtp_coef: float) -> Tensor:
+    """Return what adds the gradient of the weighted balance losses of one micro-batch, summed over layers.
+
+    Those of modules of multi-token prediction are weighted as the modules' own loss is: at weight zero the modules
+    leave the model alone.
+    """
+    config = model.config
     total = output.logits_BSV.new_zeros((), dtype=torch.float64)
-    for layer, record, statistics in zip(model.moe_layers.values(), output.records, totals, strict=True):
-        total = total + layer.balance.share(record, statistics)
+    for (depth, layer), record, statistics in zip(model.moe_layers.items(), output.records, totals, strict=True):
+        weight = 1.0 if depth < config.layers else mtp_coef / config.mtp.depth
+        total = total + weight * layer.balance.share(record, statistics)
     return total
 
 

@@ -16,6 +16,7 @@ from moe_train.dist.comm import sum_over
 from moe_train.dist.mesh import Mesh
 from moe_train.moe.balance import RoutingRecord
 from moe_train.moe.layer import MoELayer
+from moe_train.training.mtp import MTPLoss
 
 Statistics: TypeAlias = tuple[Tensor, ...]
 """Per balance loss of a layer its vector of sums."""
@@ -29,18 +30,22 @@ class Tally:
         layers: the MoE layers by depth.
         loss_sum: summed cross-entropy in nats; None before the first micro-batch.
         records: per MoE layer the sums of its router over the micro-batches, without gradients.
+        mtp_sums: [2] fp64, summed cross-entropy of multi-token prediction and its targets; None without modules.
     """
 
     layers: dict[int, MoELayer]
     loss_sum: Tensor | None = None
     records: list[RoutingRecord] = field(default_factory=list)
+    mtp_sums: Tensor | None = None
 
-    def add(self, loss_sum: Tensor, records: tuple[RoutingRecord, ...]) -> None:
+    def add(self, loss_sum: Tensor, records: tuple[RoutingRecord, ...], mtp: MTPLoss | None = None) -> None:
         """Add one micro-batch."""
         loss_sum = loss_sum.detach().to(torch.float64)
         self.loss_sum = loss_sum if self.loss_sum is None else self.loss_sum + loss_sum
         detached = [record.detached() for record in records]
         self.records = [a + b for a, b in zip(self.records, detached, strict=True)] if self.records else detached
+        if mtp is not None and mtp.modules:
+            self.mtp_sums = mtp.sums if self.mtp_sums is None else self.mtp_sums + mtp.sums
 
     def measure(self, tokens: int, mesh: Mesh) -> dict[str, object]:
         """Sum over the ranks and return the step's figures. Collective; waits for the device.
@@ -50,20 +55,26 @@ class Tally:
             mesh: the groups.
 
         Returns:
-            ``loss``, and the balance losses by name (means over the MoE layers, unweighted); per MoE layer the figures
-            of `layer_figures`.
+            ``loss``, ``mtp_loss`` of multi-token prediction (in nats per token that a module predicted), and the
+            balance losses by name (means over the MoE layers, unweighted); per MoE layer the figures of
+            `layer_figures`.
         """
         assert self.loss_sum is not None, "a step has at least one micro-batch"
-        tensors = [self.loss_sum, *(tensor for record in self.records for tensor in record.tensors())]
-        loss_sum, *totals = unpack(sum_over(pack(tensors), mesh.world).cpu(), tensors)
-        figures: dict[str, object] = {"loss": loss_sum.item() / tokens}
+        first = [self.loss_sum] if self.mtp_sums is None else [self.loss_sum, self.mtp_sums]
+        tensors = [*first, *(tensor for record in self.records for tensor in record.tensors())]
+        totals = unpack(sum_over(pack(tensors), mesh.world).cpu(), tensors)
+        figures: dict[str, object] = {"loss": totals[0].item() / tokens}
+        if self.mtp_sums is not None:
+            mtp_sum, targets = totals[1].tolist()
+            figures["mtp_loss"] = mtp_sum / max(1.0, targets)
+        totals = totals[len(first) :]
         losses: dict[str, list[float]] = {}
         for (depth, layer), local in zip(self.layers.items(), self.records, strict=True):
             size = len(local.tensors())
             record, totals = RoutingRecord.from_tensors(totals[:size]), totals[size:]
             for name, value in layer.balance.values(record.statistics).items():
-                losses.setdefault(name, []).append(value.item() / tokens)
-            found = layer_figures(record, tokens, layer.router.bias_E)
+                losses.setdefault(name, []).append(value.item() / max(1.0, record.tokens.item()))
+            found = layer_figures(record, layer.router.bias_E)
             figures |= {f"moe/layer_{depth:02d}/{key}": value for key, value in found.items()}
         return figures | {name: sum(values) / len(values) for name, values in losses.items()}
 
@@ -89,7 +100,7 @@ def total_statistics(records: Sequence[RoutingRecord], mesh: Mesh) -> list[Stati
     return [tuple(totals[start : start + num_losses]) for start in range(0, len(totals), num_losses)]
 
 
-def layer_figures(record: RoutingRecord, tokens: int, bias_E: Tensor | None) -> dict[str, object]:
+def layer_figures(record: RoutingRecord, bias_E: Tensor | None) -> dict[str, object]:
     """Return what is recorded of one layer.
 
     ``load``: share of assignments per expert, before drops. ``dropped_fraction``: share that no expert computed, and by
@@ -111,7 +122,7 @@ def layer_figures(record: RoutingRecord, tokens: int, bias_E: Tensor | None) -> 
         "dropped_router_fraction": router,
         "rerouted_fraction": (record.rerouted / assignments).item(),
         "max_violation": (load_E.max() * counts_E.numel() - 1).item(),
-        "entropy": record.entropy_sum.item() / tokens,
+        "entropy": (record.entropy_sum / record.tokens.clamp(min=1)).item(),
         "dead_experts": int((counts_E == 0).sum()),
     }
     if bias_E is not None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, told apart by colour-blind readers (without yellow and black, which one theme would hide).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-BLUE, VERMILLION = PALETTE[:2]
+BLUE, VERMILLION, GREEN = PALETTE[:3]
 # Text and axes: a black that no other mark uses, so that embed() can hand it to the page's theme.
 INK = "#010203"
 

@@ -21,6 +21,7 @@ STEP = "train/step"
 
 TRAIN_KEYS = {
     "loss": "train/loss",
+    "mtp_loss": "train/mtp_loss",
     "aux_loss": "train/aux_loss",
     "z_loss": "train/z_loss",
     "grad_norm": "train/grad_norm",

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_train.observe.records import Record, finite
-from moe_train.observe.report.drawing import BLUE, INK, VERMILLION, draw_line, legend_above, new_figure, smoothed
+from moe_train.observe.report.drawing import BLUE, GREEN, INK, VERMILLION, draw_line, legend_above, new_figure, smoothed
 from moe_train.observe.report.record import RunRecord, series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Loss"
-CAPTION = "Mean cross-entropy per token without auxiliary losses; the thin line is as measured, the thick one smoothed."
+CAPTION = (
+    "Mean cross-entropy per token without auxiliary losses; the thin line is as measured, the thick one smoothed. "
+    "Further ahead: that of multi-token prediction, of the tokens after the next."
+)
 ABSENT = "No train or eval record holds a finite loss yet."
 
 
@@ -28,6 +31,9 @@ def draw(run: RunRecord) -> Figure | None:
     if train:
         draw_line(axes, train, color=BLUE, alpha=0.35, linewidth=0.8)
         draw_line(axes, smoothed(train), color=BLUE, label="train")
+    ahead = run.train_series("mtp_loss")
+    if ahead:
+        draw_line(axes, smoothed(ahead), color=GREEN, label="further ahead")
     if heldout:
         draw_line(axes, heldout, color=VERMILLION, label="held-out", marker="o", markersize=4)
     baseline = series(run.evals, unigram_loss)
