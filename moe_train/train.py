@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_train.config.door import door
 from moe_train.config.rules import train_problems
@@ -18,7 +18,17 @@ PROMPT = "ROMEO:\n"
 """Start of the text sample at the end of a run."""
 
 
-@door("train", TrainConfig, train_problems)
+def prepare(mapping: dict[str, Any], explicit: frozenset[str]) -> dict[str, Any]:
+    """Take the architecture of model.init_from where model.adopt asks for it."""
+    model = mapping.get("model", {})
+    if not (model.get("adopt") and model.get("init_from")):
+        return mapping
+    from moe_train.interop.adopt import adopted
+
+    return adopted(mapping, explicit)
+
+
+@door("train", TrainConfig, train_problems, prepare)
 def main(config: TrainConfig) -> None:
     """Train, evaluate on all held-out text, write a text sample and the report.
 
@@ -26,11 +36,12 @@ def main(config: TrainConfig) -> None:
     """
     # Imported here: a mistake in the configuration must be answered before torch is loaded.
     from moe_train.dist.world import world_from_environment
+    from moe_train.interop.start import load_first_weights
     from moe_train.training.loop import fit
     from moe_train.training.setup import build_run
 
     with world_from_environment(config.parallel.timeout_s) as world:
-        run = build_run(config, world)
+        run = build_run(config, world, load_first_weights)
         outcome = fit(run)
         text = "" if outcome.signal else sample_text(config, run.corpus.tokenizer, run.engine.model)
         # The others wait: torchrun terminates every rank as soon as one ends with a status other than 0.
