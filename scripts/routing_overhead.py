@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from moe_train.config.model import FFNConfig, ModelConfig
 from moe_train.config.routing import AuxLossConfig, BalanceConfig, FactorCapacityConfig, TopKRouterConfig, ZLossConfig
-from moe_train.config.schema import FFNConfig, ModelConfig
 from moe_train.models.initialise import initialise
 from moe_train.models.transformer import build_moe
 from moe_train.moe.balance import RoutingRecord
