@@ -1,4 +1,5 @@
-"""The cases of the layout contract: every router, balance loss and capacity rule, each with several of the others."""
+"""The cases of the layout contract: every router, balance loss and capacity rule, each with several of the others; and
+every kind of attention, of feed-forward network and of prediction ahead, as published models combine them."""
 
 from layouts import Case
 
@@ -24,6 +25,22 @@ def device(value: float, *keys: str) -> tuple[str, ...]:
 def loss(name: str, *keys: str) -> tuple[str, ...]:
     return tuple(f"balance.{name}.{key}" for key in keys)
 
+
+def attention(*keys: str) -> tuple[str, ...]:
+    return tuple(f"model.attention.{key}" for key in keys)
+
+
+def ffn(*keys: str) -> tuple[str, ...]:
+    return tuple(f"model.ffn.{key}" for key in keys)
+
+
+def ahead(depth: int, *keys: str) -> tuple[str, ...]:
+    return (f"model.mtp.depth={depth}", *(f"model.mtp.{key}" for key in keys))
+
+
+MLA = attention("kind=mla", "kv_rank=5", "nope_dim=4", "rope_dim=8", "v_dim=3", "rope_theta=100.0")
+YARN = attention("yarn.factor=4.0", "yarn.original_length=64", "yarn.beta_fast=4.0", "yarn.mscale=0.7")
+"""Of four frequencies one stays, one is divided, and the others are blended."""
 
 PLAIN = [
     Case("top-2, global balance"),
@@ -135,4 +152,46 @@ DEPENDS_ON_LAYOUT = [
 ]  # fmt: skip
 """They claim no contract; they are to do what the oracle does when it knows how the batch was cut."""
 
-CASES = [*PLAIN, *NO_LOSS, *MIXED, *DEPENDS_ON_LAYOUT]
+ARCHITECTURES = [
+    Case("DeepSeek-V3: latent attention, groups with bias, losses per sequence, first dense, shared, two modules ahead",
+         (*MLA, *YARN, *attention("q_rank=6", "yarn.mscale_all_dim=0.5"), *router("group_limited", "scale=2.5"),
+          *ffn("num_experts=8", "top_k=3", "first_dense=1", "num_shared_experts=2", "shared_dim=5"),
+          *loss("loss_free", "rate=0.02", "freeze_after=0.5"), *loss("aux", "scope=sequence"),
+          *ahead(2, "late_coef=0.6", "late_after=0.5")), start_bias=0.3, padding="uneven"),
+    Case("DeepSeek-V2-Lite: plain queries, budget and losses of devices, one module ahead",
+         (*EIGHT, *MLA, *YARN, *attention("yarn.truncate=false", "yarn.mscale_all_dim=0.7"),
+          *router("group_limited", "top_groups=3"), *V2, *ffn("top_k=3", "num_shared_experts=1"),
+          *loss("device", "devices=4"), *loss("communication", "devices=4"), *loss("aux", "scope=sequence"),
+          *device(0.9, "exempt_fraction=0.4"), *ahead(1)), padding="uneven"),
+    Case("gpt-oss: sinks, windows, biases everywhere, clamped activation, one module ahead",
+         (*YARN, *attention("head_dim=8", "qkv_bias=true", "out_bias=true", "sinks=true", "window=3", "full_every=2",
+                            "rope_theta=100.0", "yarn.truncate=false"),
+          *router("topk_softmax", "bias=true"), *ffn("activation=swiglu_clamped", "expert_bias=true"),
+          "model.init_std=1.0", "model.tie_embeddings=false", *ahead(1)), padding="uneven"),
+    Case("Qwen2-MoE: biased queries, gated shared experts, every other layer",
+         (*attention("qkv_bias=true"), *router("topk", "normalize=none"),
+          *ffn("every=2", "num_shared_experts=1", "shared_dim=7", "shared_gate=true"))),
+    Case("Qwen3-MoE: norms of each head, wide heads",
+         ("model.layers=1", "model.heads=4", *attention("kv_heads=2", "head_dim=6", "qk_norm=head"))),
+    Case("OLMoE: norms over all heads, window everywhere",
+         ("model.layers=1", "model.heads=4", "model.tie_embeddings=false",
+          *attention("kv_heads=2", "qk_norm=full", "window=2"), *router("topk", "normalize=none")), padding="uneven"),
+    Case("Switch: relu, top-1, capacity",
+         (*router("switch"), *TOP_1, *ffn("activation=relu", "every=2"), *factor(1.0), "balance.z_loss=null")),
+    Case("GLaM: geglu between, gelu in biased experts, capacity over the batch",
+         (*router("gshard"), *ffn("activation=geglu", "expert_activation=gelu", "expert_bias=true", "every=2"),
+          *factor(0.9, "scope=global", "order=choice"))),
+    Case("two modules ahead, losses over the step",
+         ("model.layers=1", *router("noisy_topk"), *loss("importance_load", "load_coef=0.3"),
+          *loss("device", "devices=2", "scope=global"), *ahead(2)), padding="uneven"),
+    Case("two modules ahead, hash", (*router("hash"), *OFF, *ahead(2), "model.layers=1"), padding="uneven"),
+    Case("one module ahead, expert_choice, no loss",
+         (*router("expert_choice", "allow_future_leak=true", "jitter=0.1"), *OFF, *ahead(1), "model.layers=1"),
+         padding="uneven"),
+    Case("two modules ahead, random and rerouting over the batch, MoE every other layer",
+         (*factor(0.8, "scope=global", "policy=random", "reroute=true"), *ahead(2), *ffn("every=2"))),
+    Case("two modules ahead, dense",
+         (*ffn("num_experts=0", "activation=gelu"), *ahead(2, "coef=0.5"), "model.layers=1"), padding="whole ranks"),
+]  # fmt: skip
+
+CASES = [*PLAIN, *NO_LOSS, *MIXED, *ARCHITECTURES, *DEPENDS_ON_LAYOUT]

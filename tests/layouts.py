@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 import torch.distributed as dist
-from oracle import IGNORE, Split, Truth
+from oracle import BOUNDARY, IGNORE, Split, Truth
 from torch import Tensor
 
 from moe_train.config.compose import compose_config
-from moe_train.config.schema import FFNConfig, TrainConfig
+from moe_train.config.model import FFNConfig
+from moe_train.config.schema import TrainConfig
 from moe_train.data.loader import Batch
 from moe_train.dist.mesh import Mesh
 from moe_train.models.initialise import initialise
 from moe_train.models.transformer import Transformer, build_model
 from moe_train.moe.exchange import LocalExchange, exchange_for
 from moe_train.moe.roles import Kind, roles_of
-from moe_train.ops.random import derive_seed
 from moe_train.parallel.engine import TorchEngine
 from moe_train.training.optim import build_optimizer
+from moe_train.training.schedule import settings_at
 from moe_train.training.step import train_step
 
 VOCAB, LENGTH, BATCH, STEPS = 23, 6, 16, 3
 RATES = [1e-2, 2e-2, 1e-2]
 SMALL = [
-    "model.dim=8", "model.layers=2", "model.heads=2", "model.attention.kv_heads=1", "model.init_std=0.3",
+    "model.dim=8", "model.layers=2", "model.heads=2", "model.init_std=0.3",
     "model.ffn.num_experts=4", "model.ffn.expert_dim=6", "model.ffn.hidden_dim=10", "train.clip_norm=0.5",
-    "model.ffn.balance.aux.coef=0.1", "model.ffn.balance.z_loss.coef=0.01",
+    "model.ffn.balance.aux.coef=0.1", "model.ffn.balance.z_loss.coef=0.01", f"train.steps={STEPS}",
 ]  # fmt: skip
 SECTIONS = ("router", "balance", "capacity")
 
@@ -65,7 +66,8 @@ class Case:
     def composed(self) -> TrainConfig:
         """Travels with the case to the ranks, which need not compose it again."""
         full = [f"model.ffn.{key}" if key.startswith(SECTIONS) else key for key in self.overrides]
-        return compose_config("train", TrainConfig, lambda config: [], [*SMALL, *full])
+        heads = [] if "model.attention.kind=mla" in full else ["model.attention.kv_heads=1"]
+        return compose_config("train", TrainConfig, lambda config: [], [*SMALL, *heads, *full])
 
     def split(self, world_size: int, accumulation: int) -> Split:
         """What the truth has to know of a layout: nothing, but for rules that count over a pass or over a rank."""
@@ -95,14 +97,19 @@ class Case:
         return made
 
     def prepare(self, model: Transformer) -> Transformer:
+        """Give values, none of them zero: routers' noise and biases start there, where gradients vanish or hide."""
         initialise(model, seed=3)
-        generator = torch.Generator().manual_seed(5)
+        generator, roles = torch.Generator().manual_seed(5), roles_of(model)
+        for name, parameter in model.named_parameters():
+            role = roles[name]
+            if role.kind is Kind.ROUTER and self.zero_router:
+                parameter.data.zero_()
+            elif not parameter.any():
+                # Of all experts, so that every layout draws the same.
+                whole = [self.config().model.ffn.num_experts] if role.kind is Kind.EXPERT else parameter.shape[:1]
+                values = torch.empty(*whole, *parameter.shape[1:]).normal_(0.0, 0.3, generator=generator)
+                parameter.data.copy_(values[list(role.experts)] if role.kind is Kind.EXPERT else values)
         for layer in model.moe_layers.values():
-            for parameter in layer.router.parameters():
-                if self.zero_router:
-                    parameter.data.zero_()
-                elif not parameter.any():  # noisy routers start at zero, where most gradients vanish
-                    parameter.data.copy_(torch.empty(parameter.shape).normal_(0.0, 0.3, generator=generator))
             for bias_E in layer.router.buffers():
                 bias_E.copy_(self.start_bias * torch.empty(bias_E.shape).normal_(generator=generator))
         return model
@@ -155,8 +162,8 @@ def run_layout(mesh: Mesh, case: Case, accumulation: int, dtype: torch.dtype = t
     for step, (batch, rate) in enumerate(zip(case.batches(), RATES, strict=False)):
         tokens = int((batch[1] != IGNORE).sum())
         micro_batches = rank_batches(batch, mesh.rank, mesh.layout.world_size, accumulation)
-        draws = derive_seed(config.run.seed, step)
-        result = train_step(engine, mesh, micro_batches, tokens, rate, config.train.clip_norm, draws)
+        settings = replace(settings_at(step, config, BOUNDARY), learning_rate=rate)
+        result = train_step(engine, mesh, micro_batches, tokens, settings)
         truth.figures.append(result.tally.measure(tokens, mesh))
         truth.norms.append(result.grad_norm.item())
     truth.gradients = gathered(model, mesh, lambda p: p.grad)

@@ -70,7 +70,7 @@ class Router:
         return token.x_D * torch.tensor(factors, dtype=token.x_D.dtype)
 
     def logits(self, token: Token) -> Tensor:
-        return self.weights["weight"] @ self.seen(token)
+        return self.weights["weight"] @ self.seen(token) + self.weights.get("logit_bias_E", 0.0)
 
     def offered(self, token: Token, ranking: list[float]) -> list[float]:
         """The ranking without the experts that dropout hides."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_train.config.schema import FFNConfig
+from moe_train.config.model import FFNConfig
 from moe_train.dist.peers import Alone, Peers
 from moe_train.moe.balance import Balance, RoutingRecord
 from moe_train.moe.capacity import Capacity

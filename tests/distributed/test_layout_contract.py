@@ -10,11 +10,11 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
-from layout_cases import CASES, DEPENDS_ON_LAYOUT, MIXED, PLAIN
+from layout_cases import ARCHITECTURES, CASES, DEPENDS_ON_LAYOUT, MIXED, PLAIN
 from layouts import BATCH, RATES, differences, run_layout
 from spawn import run_ranks
 
-from moe_train.config.rules import layout_problems, model_problems
+from moe_train.config.rules import layout_problems
 from moe_train.dist.mesh import build_mesh
 from moe_train.dist.world import World, joined
 
@@ -126,27 +126,10 @@ def test_every_layout_equals_the_oracle(wrong, case):
     assert said_of(wrong, case.name) == {}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_case_keeps_the_rules_of_the_configuration(case):
-    assert list(model_problems(case.config().model)) == []
-
-
-def test_the_cases_hold_every_router_balance_loss_and_capacity_rule():
-    layers = [case.config().model.ffn for case in CASES]
-    assert {ffn.router.kind for ffn in layers} == {
-        "topk", "topk_softmax", "sigmoid", "noisy_topk", "switch", "gshard", "group_limited", "expert_choice", "hash",
-        "sinkhorn", "base", "hierarchical",
-    }  # fmt: skip
-    for name in ("aux", "device", "communication"):
-        losses = [getattr(ffn.balance, name) for ffn in layers]
-        assert {loss.scope for loss in losses if loss is not None} == {"global", "sequence", "micro"}, name
-    rules = [ffn.capacity for ffn in layers if ffn.capacity.kind == "factor"]
-    assert {(rule.scope, rule.policy) for rule in rules} >= {
-        (scope, policy) for scope in ("sequence", "global") for policy in ("position", "probability", "random")
-    }
-    for key, values in {"order": ("token", "choice"), "reroute": (False, True), "pad": (False, True)}.items():
-        assert {getattr(rule, key) for rule in rules} == set(values)
-    assert {ffn.capacity.scope for ffn in layers if ffn.capacity.kind == "device"} == {"sequence", "global", "rank"}
+def test_every_parameter_of_the_published_architectures_has_a_gradient(truths):
+    for case in ARCHITECTURES:
+        gradients = truths[case.name, case.split(1, 1)].gradients
+        assert [name for name, g in gradients.items() if not g.abs().max() > 1e-9] == [], case.name
 
 
 def test_the_cases_drop_and_reroute(truths):
@@ -271,6 +254,12 @@ def test_trap_22_experts_that_do_not_divide_over_the_ranks_are_refused():
     (problem,) = layout_problems(ep=4, num_experts=6, world_size=4)
     assert (problem.key, problem.value) == ("parallel.ep", 4)
     assert "6" in problem.rule
+
+
+def test_trap_37_modules_ahead_are_measured_with_and_without_experts_in_the_layers(wrong):
+    names = [case.name for case in ARCHITECTURES if case.config().model.mtp.depth]
+    assert {NAMES[name].config().model.ffn.num_experts for name in names} == {0, 4, 8}
+    assert said_of(wrong, *names) == {}
 
 
 def test_fp32_holds_to_1e5(results):

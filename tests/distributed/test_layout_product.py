@@ -13,8 +13,8 @@ import torch.distributed as dist
 from layouts import Case, counts_over, differences, run_layout
 from spawn import run_ranks
 
+from moe_train.config.model import FFNConfig
 from moe_train.config.rules import model_problems
-from moe_train.config.schema import FFNConfig
 from moe_train.dist.mesh import Layout, Mesh, build_mesh
 
 SEEN = {"jitter": 0.1, "expert_dropout": 0.1}

@@ -15,7 +15,7 @@ from moe_train.models.transformer import build_model
 from moe_train.moe.exchange import exchange_for
 from moe_train.parallel.engine import TorchEngine
 from moe_train.training.optim import build_optimizer
-from moe_train.training.step import train_step
+from moe_train.training.step import StepSettings, train_step
 
 CASE = Case("loss-free bias", ("router.kind=sigmoid", "balance.loss_free.rate=0.25"))
 
@@ -42,7 +42,9 @@ def save_at_ep_4_and_load_everywhere(world: World, folder: Path) -> dict[int, li
     engine = engine_on(world, mesh)
     batch = CASE.batches()[0]
     tokens = batch[1].numel()
-    train_step(engine, mesh, rank_batches(batch, world.rank, world.size, 1), tokens, RATES[0], 0.5, seed=0)
+    train_step(
+        engine, mesh, rank_batches(batch, world.rank, world.size, 1), tokens, StepSettings(RATES[0], 0.5, seed=0)
+    )
     state = CheckpointState(engine.tensors(), engine.expert_keys(), {"step": 1}, None)
     path = CheckpointManager(folder, world, mesh, keep=1).save(1, state)
     truth = whole_state(engine, mesh)

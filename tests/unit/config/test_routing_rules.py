@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from moe_train.config import routing as r
 from moe_train.config.compose import compose_config
+from moe_train.config.model import FFNConfig
 from moe_train.config.routing_rules import future_leak_bits, routing_problems
 from moe_train.config.rules import train_problems
-from moe_train.config.schema import FFNConfig, TrainConfig
+from moe_train.config.schema import TrainConfig
 from moe_train.config.validate import variants_of
 from moe_train.errors import ConfigError, Problem
 

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from omegaconf import OmegaConf
 from pydantic import BaseModel
 
-from moe_train.config import routing, schema
+from moe_train.config import attention, model, routing, schema
 from moe_train.config.base import Strict
 from moe_train.config.compose import compose_config
 from moe_train.config.groups import config_dir, options_of
 from moe_train.config.schema import (
     EvaluateConfig,
+    ExportConfig,
     GenerateConfig,
     PrepareConfig,
     ReportConfig,
@@ -28,6 +29,7 @@ PRIMARY: dict[str, tuple[type[BaseModel], list[str]]] = {
     "evaluate": (EvaluateConfig, ["run.dir=x"]),
     "generate": (GenerateConfig, ["run.dir=x", "prompt=hello"]),
     "report": (ReportConfig, ["run.dir=x"]),
+    "export": (ExportConfig, ["run.dir=x", "to=y"]),
 }
 """The files of the commands, with what must be given on the command line."""
 FILES = sorted(path.relative_to(config_dir()) for path in config_dir().rglob("*.yaml"))
@@ -54,8 +56,8 @@ def leaves(mapping: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tu
 
 
 def stated(path: Path) -> list[tuple[tuple[str, ...], Any]]:
-    """The values of a file by their full key; what it tells Hydra itself is left out."""
-    content = yaml.safe_load((config_dir() / path).read_text()) or {}
+    """The values of a file by their full key, read as Hydra reads it; what it tells Hydra itself is left out."""
+    content: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / path))
     for other in ("defaults", "hydra"):
         content.pop(other, None)
     is_global = (config_dir() / path).read_text().startswith("# @package _global_") or len(path.parts) == 1
@@ -85,9 +87,13 @@ def test_every_option_composes_and_takes_effect(path: Path) -> None:
 
 
 def test_every_kind_has_an_option_and_every_balance_method_too() -> None:
-    for group, field in (("router", "router"), ("capacity", "capacity")):
-        kinds = variants_of(schema.FFNConfig.model_fields[field])
-        assert kinds.keys() <= set(options_of(f"model/ffn/{group}"))
+    for section, field, group in (
+        (model.FFNConfig, "router", "model/ffn/router"),
+        (model.FFNConfig, "capacity", "model/ffn/capacity"),
+        (model.ModelConfig, "attention", "model/attention"),
+    ):
+        kinds = variants_of(section.model_fields[field])
+        assert kinds.keys() <= set(options_of(group))
     assert routing.BalanceConfig.model_fields.keys() <= {*options_of("model/ffn/balance")}
 
 
@@ -123,7 +129,7 @@ def test_no_file_repeats_a_default(path: Path) -> None:
 
 SECTIONS = [
     value
-    for module in (schema, routing)
+    for module in (schema, model, attention, routing)
     for value in vars(module).values()
     if isinstance(value, type) and issubclass(value, Strict) and value.__module__ == module.__name__
 ]

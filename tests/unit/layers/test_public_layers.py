@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_train import DeepSeekMoE, ExpertRouter, MoELayer, SwitchFFN
-from moe_train.config.schema import FFNConfig, ModelConfig
+from moe_train.config.model import FFNConfig, ModelConfig
 from moe_train.errors import ConfigError
 from moe_train.models.transformer import build_moe
 from moe_train.moe.exchange import LocalExchange

@@ -1,63 +1,85 @@
-"""The parts of a block: their formulas, and in which precision they compute."""
+"""The blocks: what is added to the residual stream, and what a module of multi-token prediction makes of two inputs."""
 
+import pytest
 import torch
-from model_samples import config_of
-from torch import Tensor, nn
+from model_samples import FEATURES, VARIANTS, config_of, filled, random
+from torch import Tensor
 
-from moe_train.models.blocks import Attention, Linear, RMSNorm, SwiGLU
+from moe_train.config.model import ModelConfig
+from moe_train.models.attention import GroupedQueryAttention, LatentAttention, rotary_width
+from moe_train.models.blocks import MTPModule
+from moe_train.models.modules import FeedForward, SharedExperts
+from moe_train.models.transformer import build_block, shared_width
+from moe_train.moe.context import RoutingContext
+from moe_train.moe.exchange import LocalExchange
+from moe_train.moe.layer import MoELayer
+from moe_train.ops.rotary import Rotary, rotary_table
 
-
-def filled(module: nn.Module, seed: int = 0) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator)
-    return module
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-
-
-def test_rms_norm() -> None:
-    norm, x_BD = filled(RMSNorm(8, eps=1e-2)).double(), random(5, 8)
-    expected_BD = x_BD / (x_BD.square().mean(dim=1, keepdim=True) + 1e-2).sqrt() * norm.weight
-    assert torch.allclose(norm(x_BD), expected_BD, rtol=0, atol=1e-14)
+LENGTH = 5
+CONTEXT = RoutingContext.of(torch.arange(2 * LENGTH).view(2, LENGTH))
 
 
-def test_rms_norm_of_bf16_is_that_of_fp32_rounded_once() -> None:
-    norm, x_BD = filled(RMSNorm(64, eps=1e-5)), random(50, 64).bfloat16()
-    assert norm(x_BD).dtype == torch.bfloat16
-    assert torch.equal(norm(x_BD), norm(x_BD.float()).bfloat16())
+def rotary_of(config: ModelConfig) -> Rotary:
+    return rotary_table(LENGTH, rotary_width(config), config.attention, torch.float64, torch.device("cpu"))
 
 
-def test_rms_norm_ignores_the_scale_of_its_input() -> None:
-    norm, x_BD = filled(RMSNorm(8, eps=1e-30)).double(), random(5, 8)
-    assert torch.allclose(norm(x_BD), norm(1000 * x_BD), rtol=0, atol=1e-12)
+def rms(x_BSD: Tensor, gain_D: Tensor, eps: float) -> Tensor:
+    return x_BSD / (x_BSD.square().mean(dim=-1, keepdim=True) + eps).sqrt() * gain_D
 
 
-def test_swiglu() -> None:
-    ffn, x_BD = filled(SwiGLU(6, 4, 1.0, 1.0)).double(), random(5, 6)
-    gate_BF, up_BF = x_BD @ ffn.gate_up.weight[:4].t(), x_BD @ ffn.gate_up.weight[4:].t()
-    expected_BD = (gate_BF * torch.sigmoid(gate_BF) * up_BF) @ ffn.down.weight.t()
-    assert torch.allclose(ffn(x_BD), expected_BD, rtol=0, atol=1e-13)
+@pytest.mark.parametrize("variant", [*VARIANTS, *FEATURES])
+def test_a_block_adds_attention_then_feed_forward(variant: str) -> None:
+    config = config_of(*(VARIANTS | FEATURES)[variant])
+    block = filled(build_block(config, 1, LocalExchange(config.ffn.num_experts)).double())
+    x_BSD, rotary = random(2, LENGTH, config.dim), rotary_of(config)
+    output = block(x_BSD, rotary, CONTEXT)
+    middle_BSD = x_BSD + block.attention(rms(x_BSD, block.attention_norm.weight, config.norm_eps), rotary)
+    normed_BSD = rms(middle_BSD, block.ffn_norm.weight, config.norm_eps)
+    if isinstance(block.ffn, MoELayer):
+        expected = block.ffn(normed_BSD, CONTEXT)
+        assert output.record is not None
+        assert torch.equal(output.record.counts_E, expected.record.counts_E)
+        assert torch.allclose(output.x_BSD, middle_BSD + expected.y_BSD, rtol=1e-11, atol=1e-11)
+    else:
+        assert output.record is None
+        assert torch.allclose(output.x_BSD, middle_BSD + block.ffn(normed_BSD), rtol=1e-11, atol=1e-11)
 
 
-def test_a_linear_map_takes_the_dtype_of_its_input_and_keeps_its_master_weights() -> None:
-    linear, x_BD = filled(Linear(6, 3, 1.0)), random(5, 6).bfloat16()
-    y_BD = linear(x_BD)
-    assert y_BD.dtype == torch.bfloat16
-    y_BD.sum().backward()
-    assert linear.weight.dtype == torch.float32
-    assert linear.weight.grad is not None
-    assert linear.weight.grad.dtype == torch.float32
+def test_a_block_is_built_as_configured() -> None:
+    gated, mixed, latent = (
+        build_block(config_of(*FEATURES[name]), 1, LocalExchange(4))
+        for name in ("norms of heads, shared gate", "norms over all heads, no gate", "latent attention")
+    )
+    assert isinstance(gated.ffn, MoELayer)
+    assert isinstance(gated.ffn.shared, SharedExperts)
+    assert gated.ffn.shared.down.weight.shape == (16, 7)
+    assert gated.ffn.shared.token_gate is not None
+    assert isinstance(mixed.ffn, MoELayer)
+    assert mixed.ffn.experts.activation == "relu"
+    assert mixed.ffn.experts.gate_up_LDF2.shape == (4, 16, 6)
+    dense = build_block(config_of(*FEATURES["norms over all heads, no gate"]), 0, LocalExchange(4)).ffn
+    assert isinstance(dense, FeedForward)
+    assert dense.activation == "gelu"
+    assert isinstance(gated.attention, GroupedQueryAttention)
+    assert isinstance(latent.attention, LatentAttention)
 
 
-def test_attention_at_one_position_is_its_value_projected() -> None:
-    config = config_of()
-    attention, x_BSD = filled(Attention(config, 1.0)).double(), random(2, 1, config.dim)
-    no_turn = torch.ones(1, attention.width // 2), torch.zeros(1, attention.width // 2)
-    values = x_BSD @ attention.qkv.weight[-attention.kv_heads * attention.width :].t()
-    per_head = values.view(2, 1, attention.kv_heads, attention.width)
-    shared = per_head.repeat_interleave(attention.heads // attention.kv_heads, dim=2).flatten(2)
-    expected_BSD = shared @ attention.out.weight.t()
-    assert torch.allclose(attention(x_BSD, *no_turn), expected_BSD, rtol=0, atol=1e-12)
+@pytest.mark.parametrize(("number", "own", "expected"), [(0, None, 0), (1, None, 6), (3, None, 18), (2, 7, 14)])
+def test_the_joint_width_of_shared_experts(number: int, own: int | None, expected: int) -> None:
+    shared = [] if own is None else [f"model.ffn.shared_dim={own}"]
+    assert shared_width(config_of(f"model.ffn.num_shared_experts={number}", *shared).ffn) == expected
+
+
+def test_a_module_of_multi_token_prediction_joins_both_inputs_each_normed() -> None:
+    """RMSNorm(embedding) first, then RMSNorm(hidden), projected; then a block (DeepSeek-V3, eq. 21 and 22); a norm."""
+    config = config_of("model.norm_eps=1e-3")
+    module = filled(MTPModule(config, build_block(config, 2, LocalExchange(4))).double())
+    hidden_BSD, embedded_BSD, rotary = random(2, LENGTH, 16, seed=30), random(2, LENGTH, 16, seed=31), rotary_of(config)
+    left = rms(embedded_BSD, module.embedding_norm.weight, 1e-3) @ module.project.weight[:, :16].t()
+    right = rms(hidden_BSD, module.hidden_norm.weight, 1e-3) @ module.project.weight[:, 16:].t()
+    expected = module.block(left + right, rotary, CONTEXT)
+    found = module(hidden_BSD, embedded_BSD, rotary, CONTEXT)
+    expected_BSD = rms(expected.x_BSD, module.norm.weight, 1e-3)
+    assert torch.allclose(found.x_BSD, expected_BSD, rtol=0, atol=1e-11)
+    assert found.record is not None
+    assert torch.equal(found.record.counts_E, expected.record.counts_E)

@@ -4,92 +4,190 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_samples import VARIANTS, VOCAB, build, config_of, random_tokens
+from model_samples import BATCH, VARIANTS, VOCAB, build, config_of, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_train.config.compose import compose_config
-from moe_train.config.groups import config_dir
-from moe_train.config.schema import ModelConfig, TrainConfig
-from moe_train.models import blocks
+from moe_train.config.groups import options_of
+from moe_train.config.model import ModelConfig
+from moe_train.config.schema import TrainConfig
+from moe_train.models import attention
 from moe_train.models.counts import count
-from moe_train.models.transformer import Transformer
+from moe_train.models.sizes import seen_positions
+from moe_train.models.transformer import Transformer, build_model, is_moe_layer
 from moe_train.moe.exchange import LocalExchange
-from moe_train.moe.roles import Kind, roles_of
 from moe_train.ops.attention import causal_attention_reference
 
-PRESETS = sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
+EXPERTS = (".experts.gate_up", ".experts.down")
+"""In the names of parameters whose dimension 0 runs over the routed experts."""
 
 
-def counted(config: ModelConfig) -> tuple[int, int]:
-    """Total and active parameters of the built module: an expert that a token does not visit is left out."""
-    with torch.device("meta"):
-        model = Transformer(config, VOCAB, LocalExchange(config.ffn.num_experts), torch.float32)
-    roles = roles_of(model)
-    total = active = 0
-    for name, parameter in model.named_parameters():
-        total += parameter.numel()
-        visited = parameter[: config.ffn.top_k] if roles[name].kind is Kind.EXPERT else parameter
-        active += visited.numel()
-    return total, active
+def built(config: ModelConfig) -> Transformer:
+    """The model on the meta device, with the vocabulary of its own or else that of the tests."""
+    vocab_size = config.vocab_size or VOCAB
+    exchange = LocalExchange(config.ffn.num_experts)
+    return build_model(config, vocab_size, exchange, "fp32", torch.device("meta"))
 
 
 def assert_counted(config: ModelConfig) -> None:
-    size = count(config, VOCAB, seq_len=8)
-    assert (size.total, size.active) == counted(config)
+    """Total, MTP's part and both active counts, by the names of the built model's parameters."""
+    size, parameters = count(config, VOCAB, seq_len=8), dict(built(config).named_parameters())
+    unused_share = 1 - config.ffn.top_k / config.ffn.num_experts if config.ffn.num_experts else 0
+    main = {name: p.numel() for name, p in parameters.items() if not name.startswith("mtp.")}
+    experts = sum(numel for name, numel in main.items() if any(part in name for part in EXPERTS))
+    assert size.total == sum(p.numel() for p in parameters.values())
+    assert size.mtp == size.total - sum(main.values())
+    assert size.main == sum(main.values())
+    assert size.active == sum(main.values()) - round(experts * unused_share)
+    embedding = 0 if config.tie_embeddings else main["embedding_VD"]
+    assert size.active_without_embedding == size.active - embedding
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", options_of("model"))
 def test_every_preset(preset: str) -> None:
     assert_counted(compose_config("train", TrainConfig, lambda config: [], [f"model={preset}"]).model)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_any_model(data: st.DataObject) -> None:
-    groups, shared = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 2))
-    experts = data.draw(st.integers(0, 6))
-    config = {
-        "dim": 4 * groups * data.draw(st.integers(1, 3)),
-        "layers": data.draw(st.integers(1, 5)),
-        "heads": 2 * groups,
-        "tie_embeddings": data.draw(st.booleans()),
-        "attention": {"kv_heads": data.draw(st.sampled_from([None, groups, 1]))},
-        "ffn": {
-            "hidden_dim": data.draw(st.integers(1, 9)),
-            "num_experts": experts,
-            "top_k": data.draw(st.integers(1, max(1, experts))),
-            "expert_dim": data.draw(st.integers(1, 9)),
-            "num_shared_experts": shared,
-            "every": data.draw(st.integers(1, 3)),
-        },
+WIDTHS, FEW = st.integers(1, 9), st.integers(0, 2)
+ACTIVATIONS = st.sampled_from(["swiglu", "geglu", "gelu", "relu", "swiglu_clamped"])
+GROUPED = st.fixed_dictionaries(
+    {
+        "kind": st.just("gqa"),
+        "kv_heads": st.sampled_from([None, 1, 2]),
+        "head_dim": st.sampled_from([None, 2, 6]),
+        "qkv_bias": st.booleans(),
+        "out_bias": st.booleans(),
+        "qk_norm": st.sampled_from(["none", "head", "full"]),
+        "window": st.sampled_from([None, 3]),
+        "full_every": st.sampled_from([None, 2]),
+        "sinks": st.booleans(),
     }
-    assert_counted(ModelConfig.model_validate(config))
+)
+LATENT = st.fixed_dictionaries(
+    {
+        "kind": st.just("mla"),
+        "q_rank": st.sampled_from([None, 5]),
+        "kv_rank": WIDTHS,
+        "nope_dim": WIDTHS,
+        "rope_dim": st.sampled_from([2, 4]),
+        "v_dim": WIDTHS,
+    }
+)
+ROUTERS = st.one_of(
+    st.sampled_from(["topk", "sigmoid", "noisy_topk", "hash", "sinkhorn"]).map(lambda kind: {"kind": kind}),
+    st.booleans().map(lambda bias: {"kind": "topk_softmax", "bias": bias}),
+    st.sampled_from([1, 2]).map(lambda groups: {"kind": "hierarchical", "groups": groups}),
+)
+FFNS = st.fixed_dictionaries(
+    {
+        "hidden_dim": WIDTHS,
+        "activation": ACTIVATIONS,
+        "num_experts": st.sampled_from([0, 2, 4, 6]),
+        "top_k": st.integers(1, 2),
+        "expert_dim": WIDTHS,
+        "expert_activation": st.none() | ACTIVATIONS,
+        "expert_bias": st.booleans(),
+        "num_shared_experts": FEW,
+        "shared_dim": st.none() | WIDTHS,
+        "shared_gate": st.booleans(),
+        "every": st.integers(1, 3),
+        "first_dense": FEW,
+        "router": ROUTERS,
+        "balance": st.sampled_from([{}, {"aux": {}}]),
+    }
+)
+MODELS = st.fixed_dictionaries(
+    {
+        "dim": st.sampled_from([8, 16]),
+        "layers": st.integers(1, 5),
+        "heads": st.sampled_from([2, 4]),
+        "vocab_size": st.sampled_from([None, 40]),
+        "tie_embeddings": st.booleans(),
+        "attention": GROUPED | LATENT,
+        "ffn": FFNS,
+        "mtp": st.fixed_dictionaries({"depth": FEW}),
+    }
+).map(ModelConfig.model_validate)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "capacity"])
-def test_flops_of_the_forward_pass(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch counts the plain attention in full, the closed form its causal half: the only difference.
+@settings(max_examples=200, deadline=None)
+@given(MODELS)
+def test_any_model(config: ModelConfig) -> None:
+    assert_counted(config)
 
-    Under a capacity limit the closed form is an upper bound; what is dropped is not known from the configuration.
+
+def test_the_vocabulary_of_the_model_comes_before_that_of_the_tokenizer() -> None:
+    own, tokenizers = config_of("model.vocab_size=40"), config_of()
+    assert count(own, VOCAB, 8) == count(tokenizers, 40, 8) != count(tokenizers, VOCAB, 8)
+
+
+def test_a_bias_of_loss_free_balancing_is_no_parameter() -> None:
+    config = config_of("model/ffn/router=sigmoid", "model/ffn/balance=[loss_free]")
+    assert any(name.endswith("router.bias_E") for name, _ in built(config).named_buffers())
+    assert count(config, VOCAB, 8) == count(config_of("model/ffn/router=sigmoid", "model/ffn/balance=[]"), VOCAB, 8)
+
+
+@given(st.integers(1, 30), st.none() | st.integers(1, 40))
+def test_seen_positions_are_those_of_the_mask(seq_len: int, window: int | None) -> None:
+    seen = sum(1 for i in range(seq_len) for j in range(seq_len) if 0 <= i - j < (window or seq_len))
+    assert seen_positions(seq_len, window) == seen
+
+
+def changed(**sections: object) -> ModelConfig:
+    """The small model with other attention, and other keys of its remaining sections."""
+    small = config_of().model_dump()
+    ffn = small["ffn"] | sections.pop("ffn", {})
+    return ModelConfig.model_validate(small | sections | {"ffn": ffn})
+
+
+LATENT_SMALL = {"kind": "mla", "kv_rank": 7, "nope_dim": 5, "rope_dim": 2, "v_dim": 3}
+MECHANISMS = {
+    "as gpt-oss": changed(
+        attention={"kind": "gqa", "head_dim": 6, "window": 3, "full_every": 2, "qkv_bias": True, "qk_norm": "full"},
+        ffn={"activation": "swiglu_clamped", "expert_bias": True},
+    ),
+    "a window in every layer": changed(attention={"kind": "gqa", "kv_heads": 2, "window": 5}),
+    "experts without gate": changed(ffn={"activation": "geglu", "expert_activation": "gelu", "first_dense": 1}),
+    "a gate of shared experts": changed(ffn={"num_shared_experts": 1, "shared_dim": 7, "shared_gate": True}),
+    "latent": changed(attention=LATENT_SMALL | {"q_rank": 9}),
+    "latent, queries not compressed, two modules": changed(
+        attention=LATENT_SMALL, mtp={"depth": 2}, ffn={"every": 2}, tie_embeddings=False
+    ),
+}
+"""Beside the variants of every test: what changes the operations."""
+CONFIGS = {name: config_of(*VARIANTS[name]) for name in VARIANTS if name != "capacity"} | MECHANISMS
+
+
+@pytest.mark.parametrize("variant", CONFIGS)
+@pytest.mark.parametrize("training", [False, True])
+def test_flops_of_the_forward_pass(variant: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain attention multiplies only what a token sees, so that torch counts what the closed form does.
+
+    Under a capacity limit the closed form is an upper bound; what is dropped is not known from the configuration. Nor
+    does it know that positions without a target, at the end of a sequence, go to no expert of a module.
     """
-    config = config_of(*VARIANTS[variant])
-    model, tokens_BS = build(config), random_tokens()
-    monkeypatch.setattr(blocks, "causal_attention", causal_attention_reference)  # the fused one is not counted on CPU
+    config = CONFIGS[variant]
+    model, tokens_BS = build(config).train(training), random_tokens()
+    monkeypatch.setattr(attention, "causal_attention", causal_attention_reference)
     with FlopCounterMode(display=False) as counter:
         model(tokens_BS)
-    causal_half = 2 * config.dim * tokens_BS.shape[1] * config.layers
-    per_token = count(config, VOCAB, tokens_BS.shape[1]).forward_flops_per_token
-    assert counter.get_total_flops() == (per_token + causal_half) * tokens_BS.numel()
+    size = count(config, VOCAB, tokens_BS.shape[1])
+    per_token = size.forward_flops_per_token + (size.mtp_flops_per_token if training else 0)
+    ends = [BATCH * (k + 1) for k in range(config.mtp.depth) if is_moe_layer(config.ffn, config.layers + k)]
+    expert = 2 * 3 * config.dim * config.ffn.expert_dim
+    left_out = sum(ends) * config.ffn.top_k * expert if training else 0
+    assert counter.get_total_flops() == per_token * tokens_BS.numel() - left_out
 
 
 def test_backward_costs_twice_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of()
+    config = config_of("model.mtp.depth=1", "model.ffn.every=2")  # the module's block is dense
     model, tokens_BS = build(config), random_tokens()
-    monkeypatch.setattr(blocks, "causal_attention", causal_attention_reference)
+    monkeypatch.setattr(attention, "causal_attention", causal_attention_reference)
     with FlopCounterMode(display=False) as forward:
-        logits_BSV = model(tokens_BS).logits_BSV
+        output = model(tokens_BS)
     with FlopCounterMode(display=False) as backward:
-        logits_BSV.sum().backward()
+        (output.logits_BSV.sum() + output.mtp_logits[0].sum()).backward()
     assert backward.get_total_flops() == 2 * forward.get_total_flops()
     size = count(config, VOCAB, seq_len=8)
-    assert size.training_flops_per_token == 3 * size.forward_flops_per_token
+    assert size.training_flops_per_token == 3 * (size.forward_flops_per_token + size.mtp_flops_per_token)
+    assert size.training_flops_per_token * tokens_BS.numel() == 3 * forward.get_total_flops()

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from model_samples import VOCAB, build, config_of
+from model_samples import FEATURES, VARIANTS, VOCAB, build, config_of
 from torch import Tensor
 
+from moe_train.config.model import ModelConfig
 from moe_train.models.initialise import initialise
 from moe_train.models.transformer import Transformer
 from moe_train.moe.exchange import LocalExchange
@@ -29,15 +30,16 @@ def values(model: Transformer) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def half(place: int) -> Transformer:
-    config = config_of()
+def half(place: int, config: ModelConfig) -> Transformer:
     model = Transformer(config, VOCAB, HalfExchange(config.ffn.num_experts, place), torch.float64).double()
     initialise(model, 0)
     return model
 
 
-def test_trap_31_each_global_expert_starts_the_same_at_every_ep_size() -> None:
-    whole, halves = build(config_of()), [half(0), half(1)]
+@pytest.mark.parametrize("variant", ["top-2", *FEATURES])
+def test_trap_31_each_global_expert_starts_the_same_at_every_ep_size(variant: str) -> None:
+    config = config_of(*(VARIANTS | FEATURES)[variant])
+    whole, halves = build(config), [half(place, config) for place in (0, 1)]
     roles = roles_of(whole)
     for name, expected in values(whole).items():
         parts = [values(part)[name] for part in halves]
@@ -86,6 +88,34 @@ def test_the_surroundings_do_not() -> None:
     for name, value in few.items():
         if "down" not in name and "attention.out" not in name:  # their deviation follows the number of layers
             assert torch.equal(value, many[name]), name
+
+
+WITH_BIASES = config_of(*FEATURES["window, sinks, biases everywhere"], "model.dim=64", "model.heads=32")
+
+
+def test_biases_of_projections_start_at_zero() -> None:
+    """All but the sinks, which are scores and start like weights."""
+    found = {name: value for name, value in values(build(WITH_BIASES)).items() if "bias" in name}
+    assert {name.rpartition(".")[2] for name in found} == {
+        "bias", "gate_up_bias_LF2", "down_bias_LD", "logit_bias_E",
+    }  # fmt: skip
+    for name, value in found.items():
+        assert torch.equal(value, torch.zeros_like(value)), name
+
+
+def test_sinks_start_like_weights() -> None:
+    sinks = torch.stack([value for name, value in values(build(WITH_BIASES)).items() if name.endswith("sinks_H")])
+    assert sinks.shape == (2, 32)
+    assert sinks.std().item() == pytest.approx(0.3, rel=4 / sinks.numel() ** 0.5)
+    assert len(sinks.unique()) == 64
+
+
+def test_modules_of_multi_token_prediction_leave_the_rest_as_it_is() -> None:
+    plain, further = (values(build(config_of(f"model.mtp.depth={depth}"))) for depth in (0, 2))
+    assert plain.keys() == {name for name in further if not name.startswith("mtp.")}
+    for name, value in plain.items():
+        assert torch.equal(value, further[name]), name
+    assert not torch.equal(further["mtp.0.project.weight"], further["mtp.1.project.weight"])
 
 
 @pytest.mark.parametrize("layers", [1, 8])

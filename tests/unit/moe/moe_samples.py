@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_train.config.model import FFNConfig
 from moe_train.config.routing import CapacityConfig, DroplessConfig
-from moe_train.config.schema import FFNConfig
 from moe_train.dist.peers import Alone, Peers
 from moe_train.models.initialise import initialise
 from moe_train.moe.balance import Balance

@@ -9,7 +9,7 @@ import torch
 from routing_cases import ROUTERS, at_logits, balance_in_parts, context_of, ffn_of, random, record_of, router_of
 from torch import Tensor
 
-from moe_train.config.schema import FFNConfig
+from moe_train.config.model import FFNConfig
 from moe_train.moe.balance import Balance, RoutingRecord
 from moe_train.moe.losses import balance_sum
 

@@ -5,7 +5,7 @@ import torch
 from routing_cases import V2, at_logits, balance_in_parts, ffn_of, random
 from torch import Tensor
 
-from moe_train.config.schema import FFNConfig
+from moe_train.config.model import FFNConfig
 from moe_train.moe.balance import Balance
 
 EXPERTS, DEVICES, SIZE, LENGTH, BATCH = 12, 4, 3, 6, 4

@@ -10,7 +10,7 @@ from routing_cases import LEARNED, context_of, ffn_of, random, with_router
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moe_train.config.schema import FFNConfig
+from moe_train.config.model import FFNConfig
 from moe_train.moe.balance import RoutingRecord
 from moe_train.moe.layer import MoELayer, MoEOutput
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from routing_cases import DIM, context_of, ffn_of, losses_of, random, record_of, router_of
 from torch import Tensor, nn
 
-from moe_train.config.schema import FFNConfig
+from moe_train.config.model import FFNConfig
 from moe_train.moe.balance import Balance, RoutingRecord
 from moe_train.moe.losses import VariationLoss
 

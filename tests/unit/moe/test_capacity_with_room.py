@@ -10,8 +10,8 @@ from moe_samples import DIM, IdentityExperts, context_of, ffn_of, make_layer, to
 from routing_cases import LEARNED
 from torch import Tensor, nn
 
+from moe_train.config.model import FFNConfig
 from moe_train.config.routing import CapacityConfig, DeviceCapacityConfig, DroplessConfig, FactorCapacityConfig
-from moe_train.config.schema import FFNConfig
 from moe_train.dist.mesh import build_mesh
 from moe_train.dist.world import World, joined
 from moe_train.moe.capacity import is_padded

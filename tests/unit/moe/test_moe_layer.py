@@ -6,8 +6,8 @@ from moe_samples import DIM, IdentityExperts, make_layer, plain_loop, tokens
 from routing_cases import LEARNED, OF_ALL_TOKENS, ROUTERS, context_of, random, with_router
 from torch import Tensor, nn
 
+from moe_train.config.model import FFNConfig
 from moe_train.config.routing import FactorCapacityConfig
-from moe_train.config.schema import FFNConfig
 from moe_train.moe.layer import MoELayer
 
 CHOICES = [(1, "none"), (1, "selected"), (2, "none"), (2, "selected"), (4, "selected")]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from routing_cases import DIM, EXPERTS, ROUTERS, at_logits, context_of, ffn_of, in_parts, random, router_of
 from torch import Tensor
 
-from moe_train.config.schema import FFNConfig
+from moe_train.config.model import FFNConfig
 from moe_train.dist.peers import Peers
 from moe_train.moe.routers.base import balanced_assignment
 from moe_train.moe.routing import Routing

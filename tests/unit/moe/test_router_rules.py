@@ -7,7 +7,7 @@ import torch
 from routing_cases import DIM, EXPERTS, LEARNED, OF_ALL_TOKENS, ROUTERS, context_of, random, router_of, with_router
 from torch import nn
 
-from moe_train.config.schema import FFNConfig
+from moe_train.config.model import FFNConfig
 from moe_train.moe.routers import build_router
 from moe_train.moe.routing import Routing
 

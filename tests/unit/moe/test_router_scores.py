@@ -7,7 +7,7 @@ import torch
 from routing_cases import EXPERTS, ROUTERS, at_logits, context_of, ffn_of, random, router_of, with_router
 from torch import Tensor
 
-from moe_train.config.schema import FFNConfig
+from moe_train.config.model import FFNConfig
 from moe_train.moe.context import Purpose
 
 TOKENS = 40

@@ -21,7 +21,13 @@ def causes(prefix: str, dropped: float) -> dict[str, float]:
 
 
 def train_record(
-    step: int, layers: int = 4, experts: int = 8, drop: float = 0.0, bias: bool = False, seed: int = 0
+    step: int,
+    layers: int = 4,
+    experts: int = 8,
+    drop: float = 0.0,
+    bias: bool = False,
+    ahead: bool = False,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """A train record with a falling loss; the experts of deeper layers start out more uneven and even out."""
     random = np.random.default_rng([seed, step])
@@ -41,6 +47,8 @@ def train_record(
         "memory_gib": 1.9,
         "mfu": None,
     }
+    if ahead:
+        record["mtp_loss"] = record["loss"] + 0.4
     for layer in range(layers):
         skew = np.random.default_rng([seed, layer]).normal(0, 0.4 + layer / layers, experts)
         weights = np.exp(skew * math.exp(-step / 120) + random.normal(0, 0.08, experts))

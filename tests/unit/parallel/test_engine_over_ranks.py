@@ -13,7 +13,7 @@ from moe_train.moe.capacity import is_padded
 from moe_train.moe.exchange import exchange_for
 from moe_train.parallel.engine import NonFiniteGradientError, TorchEngine
 from moe_train.training.optim import build_optimizer
-from moe_train.training.step import train_step
+from moe_train.training.step import StepSettings, train_step
 
 CASE = Case("top-2")
 RATE, CLIP_NORM = 1e-2, 0.5
@@ -59,7 +59,7 @@ def check_and_train(world: World) -> dict[int, dict[str, Tensor]]:
         check_sums(engine, mesh)
         for batch in CASE.batches():
             batches = rank_batches(batch, world.rank, world.size, 1)
-            train_step(engine, mesh, batches, batch[0].numel(), RATE, CLIP_NORM, seed=0)
+            train_step(engine, mesh, batches, batch[0].numel(), StepSettings(RATE, CLIP_NORM, seed=0))
         check_refusal(engine, mesh)
         state[ep] = dict(engine.tensors())
     return state

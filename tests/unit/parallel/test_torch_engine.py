@@ -15,7 +15,7 @@ from moe_train.moe.capacity import is_padded
 from moe_train.moe.exchange import exchange_for
 from moe_train.parallel.engine import NonFiniteGradientError, TorchEngine
 from moe_train.training.optim import build_optimizer
-from moe_train.training.step import train_step
+from moe_train.training.step import StepSettings, train_step
 
 CASE = Case("top-2")
 RATE = 1e-2
@@ -40,7 +40,9 @@ def snapshot(engine: TorchEngine) -> dict[str, Tensor]:
 
 def train(engine: TorchEngine, mesh: Mesh, rank: int, size: int, clip_norm: float | None = 0.5) -> None:
     for batch in CASE.batches():
-        train_step(engine, mesh, rank_batches(batch, rank, size, 1), batch[0].numel(), RATE, clip_norm, seed=0)
+        train_step(
+            engine, mesh, rank_batches(batch, rank, size, 1), batch[0].numel(), StepSettings(RATE, clip_norm, seed=0)
+        )
 
 
 def test_views_survive_steps(lone_mesh: Mesh) -> None:

@@ -11,14 +11,16 @@ from moe_train.moe.context import RoutingContext
 from moe_train.moe.exchange import LocalExchange
 from moe_train.parallel.engine import TorchEngine
 from moe_train.training.optim import build_optimizer
-from moe_train.training.step import train_step
+from moe_train.training.step import StepSettings, train_step
 
 RATE = 0.125
 BIASED = Case("loss-free", ("router.kind=sigmoid", f"balance.loss_free.rate={RATE}"))
 MIXED = Case("one MoE layer of two", (*BIASED.overrides, "model.ffn.every=2"))
 
 
-def one_step(mesh: Mesh, accumulation: int, case: Case = BIASED) -> tuple[Transformer, list[Tensor]]:
+def one_step(
+    mesh: Mesh, accumulation: int, case: Case = BIASED, moves_biases: bool = True
+) -> tuple[Transformer, list[Tensor]]:
     """The model after a step, and its layers' counts."""
     config = case.config()
     exchange = LocalExchange(config.model.ffn.num_experts)
@@ -26,7 +28,8 @@ def one_step(mesh: Mesh, accumulation: int, case: Case = BIASED) -> tuple[Transf
     engine = TorchEngine(model, build_optimizer(model, config.optim), mesh)
     batch = case.batches()[0]
     tokens = batch[0].numel()
-    result = train_step(engine, mesh, rank_batches(batch, 0, 1, accumulation), tokens, 1e-2, 0.5, seed=0)
+    step_settings = StepSettings(1e-2, 0.5, seed=0, moves_biases=moves_biases)
+    result = train_step(engine, mesh, rank_batches(batch, 0, 1, accumulation), tokens, step_settings)
     return model, [record.counts_E for record in result.tally.records]
 
 
@@ -72,3 +75,22 @@ def test_the_optimizer_does_not_know_the_biases(lone_mesh: Mesh) -> None:
 def test_trap_19_a_dense_layer_beside_does_not_stop_the_update(lone_mesh: Mesh) -> None:
     model, _ = one_step(lone_mesh, 1, MIXED)
     assert [bias_E.abs().max().item() for bias_E in biases_of(model)] == [RATE]
+
+
+def test_frozen_biases_stay_while_the_rest_learns(lone_mesh: Mesh) -> None:
+    """So DeepSeek-V3 ended its training: with a rate of zero."""
+    moved, frozen = (one_step(lone_mesh, 2, moves_biases=moves)[0] for moves in (True, False))
+    assert not any(bias_E.any() for bias_E in biases_of(frozen))
+    assert all(bias_E.any() for bias_E in biases_of(moved))
+    for (name, a), b in zip(moved.named_parameters(), frozen.parameters(), strict=True):
+        assert torch.equal(a, b), f"{name} learned the same"
+
+
+def test_the_bias_of_a_module_of_multi_token_prediction_moves_by_its_own_tokens(lone_mesh: Mesh) -> None:
+    case = Case("loss-free, further ahead", (*BIASED.overrides, "model.mtp.depth=1"))
+    model, counts = one_step(lone_mesh, 1, case)
+    assert len(biases_of(model)) == len(counts) == 3
+    sequences, length = case.batches()[0][0].shape
+    assert [counts_E.sum().item() for counts_E in counts] == [2 * sequences * n for n in (length, length, length - 1)]
+    for bias_E, counts_E in zip(biases_of(model), counts, strict=True):
+        assert torch.equal(bias_E, RATE * torch.sign(counts_E.double().mean() - counts_E))

@@ -33,6 +33,38 @@ def test_vectors_are_not_decayed_and_kinds_are_apart() -> None:
             assert group["name"] == kind, name
 
 
+EVERYTHING = Case(
+    "everything", ("model.attention.sinks=true", "model.attention.qkv_bias=true", "model.attention.out_bias=true",
+                   "model.attention.qk_norm=head", "model.ffn.expert_bias=true", "model.ffn.num_shared_experts=1",
+                   "model.ffn.shared_gate=true", "router.kind=topk_softmax", "router.bias=true",
+                   "model.tie_embeddings=false", "model.mtp.depth=1", "model.ffn.first_dense=1"),
+)  # fmt: skip
+MATRICES = {
+    "embedding_VD", "attention.qkv.weight", "attention.out.weight", "experts.gate_up_LDF2", "experts.down_LFD",
+    "router.weight", "gate_up.weight", "down.weight", "token_gate.weight", "project.weight", "head.weight",
+}  # fmt: skip
+VECTORS = {
+    "qkv.bias", "out.bias", "sinks_H", "norm.weight", "gate_up_bias_LF2", "down_bias_LD", "logit_bias_E",
+}  # fmt: skip
+"""Ends of names. Of the biases of experts there is one vector for each: stacked, they have two dimensions."""
+
+
+def test_no_bias_is_decayed_not_even_that_of_stacked_experts() -> None:
+    model = EVERYTHING.whole_model()
+    decays = {
+        id(parameter): group["weight_decay"]
+        for group in build_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
+        for parameter in group["params"]
+    }
+    seen = set()
+    for name, parameter in model.named_parameters():
+        ends = [end for end in MATRICES | VECTORS if name.endswith(end)]
+        assert ends, f"{name} is in neither list"
+        seen.update(ends)
+        assert decays[id(parameter)] == (0.3 if ends[0] in MATRICES else 0.0), name
+    assert seen == MATRICES | VECTORS
+
+
 def test_optimizer_takes_its_numbers_from_the_configuration() -> None:
     config = OptimConfig(lr=0.5, betas=(0.7, 0.8), eps=1e-6)
     for group in build_optimizer(Case("groups").whole_model(), config).param_groups:

@@ -16,15 +16,16 @@ from moe_train.models.transformer import Transformer
 from moe_train.moe.balance import RoutingRecord
 from moe_train.moe.context import RoutingContext
 from moe_train.ops.loss import cross_entropy_sum
+from moe_train.training.mtp import mtp_loss
 from moe_train.training.tally import Tally, layer_figures, pack, total_statistics, unpack
 
 
 def record(
-    counts: list[int], *, capacity: int = 0, device: int = 0, router: int = 0, rerouted: int = 0
+    counts: list[int], *, tokens: int = 4, capacity: int = 0, device: int = 0, router: int = 0, rerouted: int = 0
 ) -> RoutingRecord:
     random = torch.rand(len(counts) + 3, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(counts)))
-    sums = [torch.tensor(number) for number in (capacity, device, router, rerouted)]
-    return RoutingRecord(torch.tensor(counts), *sums, entropy_sum=random[0], statistics=(random[1:2], random[2:]))
+    sums = [torch.tensor(number) for number in (tokens, counts, capacity, device, router, rerouted)]
+    return RoutingRecord(*sums, entropy_sum=random[0], statistics=(random[1:2], random[2:]))
 
 
 def run(
@@ -88,7 +89,7 @@ def test_a_tally_keeps_no_graph_and_changes_no_record() -> None:
 
 
 def test_figures_of_a_layer() -> None:
-    figures = layer_figures(record([6, 2, 0, 0], capacity=2, rerouted=1), 4, None)
+    figures = layer_figures(record([6, 2, 0, 0], capacity=2, rerouted=1), None)
     assert figures["load"] == [0.75, 0.25, 0.0, 0.0]
     assert figures["dropped_fraction"] == 0.25
     assert figures["rerouted_fraction"] == 0.125
@@ -97,21 +98,28 @@ def test_figures_of_a_layer() -> None:
     assert "bias_range" not in figures
 
 
+def test_the_entropy_is_a_mean_over_the_tokens_of_its_own_layer() -> None:
+    """A layer of multi-token prediction sees fewer than the others, and one of padding alone sees none."""
+    summed = record([6, 2]).entropy_sum.item()
+    assert layer_figures(record([6, 2], tokens=4), None)["entropy"] == pytest.approx(summed / 4)
+    assert layer_figures(record([6, 2], tokens=1), None)["entropy"] == pytest.approx(summed)
+
+
 def test_drops_are_told_apart_by_cause_and_add_up() -> None:
-    figures = layer_figures(record([8, 8], capacity=1, device=2, router=5), 8, None)
+    figures = layer_figures(record([8, 8], capacity=1, device=2, router=5), None)
     causes = {name: figures[f"dropped_{name}_fraction"] for name in ("capacity", "device", "router")}
     assert causes == {"capacity": 1 / 16, "device": 2 / 16, "router": 5 / 16}
     assert figures["dropped_fraction"] == sum(causes.values())
 
 
 def test_the_range_of_the_biases() -> None:
-    figures = layer_figures(record([1, 1]), 1, torch.tensor([0.25, -0.5, 0.0]))
+    figures = layer_figures(record([1, 1]), torch.tensor([0.25, -0.5, 0.0]))
     assert figures["bias_range"] == 0.75
 
 
 def test_trap_13_figures_of_a_layer_without_tokens_are_finite() -> None:
     """A step of padding alone."""
-    figures = layer_figures(record([0, 0]), 4, torch.zeros(2))
+    figures = layer_figures(record([0, 0], tokens=0), torch.zeros(2))
     assert figures.pop("load") == [0.0, 0.0]
     assert all(math.isfinite(value) for value in figures.values())
     assert figures["dropped_fraction"] == 0.0
@@ -142,6 +150,33 @@ def test_trap_14_the_reported_loss_is_the_cross_entropy_alone(lone_mesh: Mesh) -
     figures = [measured(case, lone_mesh) for case in (heavy, light)]
     assert figures[0]["loss"] == figures[1]["loss"] == pytest.approx(expected, rel=1e-14)
     assert figures[0]["aux_loss"] == figures[1]["aux_loss"] > 0.5, "reported beside it, unweighted"
+
+
+def test_the_loss_of_multi_token_prediction_is_a_mean_over_what_its_modules_predict(lone_mesh: Mesh) -> None:
+    """Beside the loss, unweighted, and the same for one pass and for two."""
+    case = Case("further ahead", ("model.mtp.depth=2",))
+    model, (tokens_BS, labels_BS) = case.whole_model(), case.batches()[0]
+    figures = []
+    for parts in (1, 2):
+        tally = Tally(model.moe_layers)
+        for rows in torch.arange(len(tokens_BS)).chunk(parts):
+            output = model(tokens_BS[rows], RoutingContext(tokens_BS[rows], rows))
+            loss_sum = cross_entropy_sum(output.logits_BSV.flatten(0, 1), labels_BS[rows].flatten())
+            tally.add(loss_sum, output.records, mtp_loss(output, labels_BS[rows], boundary_id=None))
+        figures.append(tally.measure(tokens_BS.numel(), lone_mesh))
+    output = model(tokens_BS)
+    sums = [
+        cross_entropy_sum(logits_BSV[:, : -k - 1].flatten(0, 1), labels_BS[:, k + 1 :].flatten()).item()
+        for k, logits_BSV in enumerate(output.mtp_logits)
+    ]
+    sequences, length = tokens_BS.shape
+    assert figures[0]["mtp_loss"] == pytest.approx(sum(sums) / (sequences * (length - 1 + length - 2)), rel=1e-12)
+    assert figures[0].keys() == figures[1].keys()
+    assert figures[1]["mtp_loss"] == pytest.approx(figures[0]["mtp_loss"], rel=1e-12)
+    assert figures[0]["loss"] == pytest.approx(
+        cross_entropy_sum(output.logits_BSV.flatten(0, 1), labels_BS.flatten()).item() / tokens_BS.numel(), rel=1e-12
+    )
+    assert {f"moe/layer_{depth:02d}/load" for depth in range(4)} <= figures[0].keys(), "modules follow the blocks"
 
 
 def test_every_configured_loss_is_reported_by_its_name(lone_mesh: Mesh) -> None:

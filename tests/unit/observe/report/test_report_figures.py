@@ -65,6 +65,13 @@ def test_the_loss_figure_shows_training_heldout_and_baseline(whole_run):
     assert "unigram 6.56" in lines  # 4.1 bits per byte at 1.6 nats per token and bit per byte
 
 
+def test_the_loss_figure_shows_multi_token_prediction_where_there_is_any(make_run, whole_run):
+    run = RunRecord.load(make_run(steps=100, ahead=True))
+    lines = lines_of(FIGURES[0].draw(run).axes[0])
+    np.testing.assert_allclose(lines["further ahead"][:, 1], [record["mtp_loss"] for record in run.train])
+    assert "further ahead" not in lines_of(FIGURES[0].draw(RunRecord.load(whole_run)).axes[0])
+
+
 def test_the_unigram_baseline_in_nats_per_token():
     assert unigram_loss({"loss": 3.0, "bits_per_byte": 2.0, "unigram_bits_per_byte": 4.0}) == pytest.approx(6.0)
     assert unigram_loss({"loss": 3.0, "bits_per_byte": 2.0}) is None
