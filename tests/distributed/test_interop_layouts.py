@@ -103,7 +103,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[dict
     return folder / "model", run_ranks(scenario, 4, folder)
 
 
-def test_every_layout_reads_what_every_other_wrote(ran) -> None:
+def test_trap_36_every_layout_reads_what_every_other_wrote(ran) -> None:
     _, results = ran
     assert len(results[0][0]) == 3 * len(SHARD_BYTES) * 3
     assert {case for exact, _ in results for case, is_equal in exact.items() if not is_equal} == set()

@@ -59,6 +59,6 @@ def save_at_ep_4_and_load_everywhere(world: World, folder: Path) -> dict[int, li
     return wrong
 
 
-def test_weights_moments_and_biases_saved_at_ep_4_load_at_ep_1_2_and_4(tmp_path: Path) -> None:
+def test_trap_33_weights_moments_and_biases_saved_at_ep_4_load_at_ep_1_2_and_4(tmp_path: Path) -> None:
     for wrong in run_ranks(save_at_ep_4_and_load_everywhere, 4, tmp_path):
         assert wrong == {1: [], 2: [], 4: []}

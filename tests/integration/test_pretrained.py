@@ -36,7 +36,10 @@ class Exported:
     settings: list[str]
 
 
-@pytest.fixture(scope="module", params=["mixtral", "deepseek_v3", "llama"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("deepseek_v3", "llama")]
+
+
+@pytest.fixture(scope="module", params=["mixtral", *SLOW])
 def exported(request: pytest.FixtureRequest, tiny: list[str], data: list[str], tmp_path_factory) -> Exported:
     where = tmp_path_factory.mktemp(request.param)
     settings = [*SMALL_V3, *data] if request.param == "deepseek_v3" else tiny
@@ -111,6 +114,7 @@ def test_mistakes_are_answered_with_every_problem(exported: Exported, tmp_path: 
     assert not (tmp_path / "again1").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exported", ["llama"], indirect=True)
 def test_a_dense_folder_becomes_experts_with_the_same_first_loss(exported: Exported) -> None:
     (truth,) = run_ranks(first_loss, 1, exported.run_dir)

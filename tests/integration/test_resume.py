@@ -67,7 +67,7 @@ def test_three_stops_leave_no_trace_in_the_curve(twins: Twins) -> None:
     assert records(twins.stopped, "eval") == records(twins.whole, "eval")
 
 
-def test_three_stops_leave_no_trace_in_weights_and_moments(twins: Twins) -> None:
+def test_trap_35_three_stops_leave_no_trace_in_weights_and_moments(twins: Twins) -> None:
     assert_same_tensors(checkpoint_path(twins.stopped, STEPS), checkpoint_path(twins.whole, STEPS))
 
 

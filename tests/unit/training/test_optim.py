@@ -16,7 +16,7 @@ CONFIG = OptimConfig(lr=1.0, min_lr_ratio=0.1, warmup_steps=10)
 
 @pytest.mark.parametrize("overrides", [(), ("model=dense_tiny", "model.ffn.num_experts=0"),
                                        ("model.ffn.num_shared_experts=1", "model.tie_embeddings=false")])  # fmt: skip
-def test_every_parameter_is_in_exactly_one_group(overrides: tuple[str, ...]) -> None:
+def test_trap_32_every_parameter_is_in_exactly_one_group(overrides: tuple[str, ...]) -> None:
     model = Case("groups", overrides).whole_model()
     grouped = [p for group in build_optimizer(model, CONFIG).param_groups for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
