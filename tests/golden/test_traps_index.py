@@ -1,7 +1,7 @@
 """Which tests hold which of the bugs that other expert-parallel frameworks had, by the number of the bug.
 
-Bugs of tensor and pipeline parallelism (4, 8) and of parameters without optimizer state (34) have no place here: there is
-neither, and the optimizer's state is made with the optimizer.
+Bugs of tensor and pipeline parallelism (4, 8) and of parameters without optimizer state (34) have no place here: there
+is neither, and the optimizer's state is made with the optimizer.
 """
 
 import ast
@@ -86,7 +86,8 @@ INDEX: dict[int, list[str]] = {
         f"{BIAS}::test_trap_19_the_bias_is_fp32_when_the_model_computes_in_bf16",
         f"{STARTS}::test_trap_19_routers_and_their_biases_are_kept_in_fp32",
         f"{MOVES}::test_trap_19_a_dense_layer_beside_does_not_stop_the_update",
-        "distributed/test_trained_checkpoints.py::test_weights_moments_and_biases_saved_at_ep_4_load_at_ep_1_2_and_4",
+        "distributed/test_trained_checkpoints.py::"
+        "test_trap_33_weights_moments_and_biases_saved_at_ep_4_load_at_ep_1_2_and_4",
     ],
     20: [
         f"{CONTRACT}::test_trap_20_bias_decides_who_is_chosen_but_is_in_no_weight",
