@@ -131,6 +131,7 @@ def distance(folder: Path, tokens_BS: Tensor, ours_SV: Tensor, expected: Expecte
     # By name: the package is heavy, optional, and has no place in the types of this one.
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # its report of tensors is looked at here
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
     )
