@@ -90,8 +90,8 @@ def draw(groups: Mapping[str, list[Run]], path: Path) -> None:
                 for number, run in enumerate(runs):
                     steps, values = zip(*run.violations[layer], strict=True)
                     panel.plot(steps, values, color=color, linewidth=1.0, label=None if number else label)
-            panel.set(title=f"layer {int(layer.removeprefix('layer_'))}", xlabel="optimizer step", ylim=(0, None))
-        axes[0].set_ylabel("max violation")
+            panel.set(title=f"layer {int(layer.removeprefix('layer_'))}", xlabel="optimizer step")
+        axes[0].set(ylabel="max violation", ylim=(0, 1.05 * max(panel.dataLim.ymax for panel in axes)))
         axes[-1].legend()
         figure.savefig(path, dpi=150)
         pyplot.close(figure)

@@ -142,11 +142,12 @@ def test_everything_of_deepseek_v3_is_on_in_its_tiny_relative() -> None:
 
 
 DOCS = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
-COMMANDS = [
-    shlex.split(line, comments=True)[3:]
+LINES = [
+    shlex.split(line.replace("$seed", "0").replace("$balance", "loss_free"), comments=True)
     for block in re.findall(r"```bash\n(.*?)```", DOCS, re.DOTALL)
-    for line in block.splitlines()
+    for line in block.replace("\\\n", " ").splitlines()
 ]
+COMMANDS = [words[words.index("moe_train.train") + 1 :] for words in LINES if "moe_train.train" in words]
 
 
 def test_the_table_of_the_docs_is_what_the_script_prints(script) -> None:
@@ -166,7 +167,7 @@ def test_the_docs_say_of_every_published_model_what_is_covered() -> None:
 def test_every_command_of_the_docs_is_a_possible_run(arguments: list[str]) -> None:
     overrides = [argument for argument in arguments if argument not in ("--cfg", "job")]
     assert len(overrides) >= 1
-    assert composed(*overrides)
+    assert composed(*overrides, "parallel.ep=1")  # there is one rank here
 
 
 def test_every_key_in_the_docs_exists() -> None:
