@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,11 +87,21 @@ def preflight(config: ExportConfig, model: ModelConfig) -> Choice:
     problems = free_problems(Path(config.to).expanduser())
     found = NATIVE if config.format == "moe_train" else expressed_by(model)
     if isinstance(found, list) and config.format == "huggingface":
-        remedy = "change the model, or export it in the project's own layout with format=moe_train"
-        problems += [Problem("format", config.format, f"cannot express the model: {line}", remedy) for line in found]
+        problems += list(refusal_problems(found))
     if problems:
         raise ConfigError(problems)
     return Choice(NATIVE, tuple(found)) if isinstance(found, list) else Choice(found)
+
+
+def refusal_problems(reasons: Iterable[str]) -> Iterator[Problem]:
+    """Yield a problem for each family with all of its reasons, from lines ``family: reason``."""
+    remedy = "change the model, or export it in the project's own layout with format=moe_train"
+    by_family: dict[str, list[str]] = {}
+    for line in reasons:
+        family, _, reason = line.partition(": ")
+        by_family.setdefault(family, []).append(reason)
+    for family, own in by_family.items():
+        yield Problem("format", "huggingface", f"{family} cannot be this model: {'; '.join(own)}", remedy)
 
 
 def publish(config: ExportConfig, choice: Choice, subject: Subject, world: World) -> Exported:

@@ -147,4 +147,4 @@ def test_a_model_that_no_class_expresses_is_refused_with_every_reason(tmp_path):
         preflight(config_of(tmp_path / "to", format="huggingface"), model)
     report = caught.value.report()
     assert "is a file" in report and "format=moe_train" in report
-    assert all(f"cannot express the model: {family}: " in report for family in FAMILIES)
+    assert all(f"{family} cannot be this model: " in report for family in FAMILIES)
