@@ -21,7 +21,16 @@ def linear(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
 def angle(pair: int, width: int, config) -> float:
     """By how much a pair turns from one position to the next."""
     plain = config.rope_theta ** (-2 * pair / width)
-    yarn = config.yarn
+    yarn, llama3 = config.yarn, config.llama3
+    if llama3 is not None:
+        wavelength, length = 2 * math.pi / plain, llama3.original_length
+        if wavelength < length / llama3.high_freq_factor:
+            return plain
+        if wavelength > length / llama3.low_freq_factor:
+            return plain / llama3.factor
+        kept = length / wavelength - llama3.low_freq_factor
+        kept /= llama3.high_freq_factor - llama3.low_freq_factor
+        return (1 - kept) * plain / llama3.factor + kept * plain
     if yarn is None:
         return plain
 

@@ -32,13 +32,28 @@ class YarnConfig(Strict):
     """a in the magnitude of all scores (latent attention only)."""
 
 
+class Llama3Config(Strict):
+    """Rotary positions stretched as in Llama 3.1 (arXiv 2407.21783, and its published code)."""
+
+    factor: Annotated[float, Field(gt=1.0)] = 8.0
+    """How many times longer texts become."""
+    original_length: PositiveInt = 8192
+    """Longest text before stretching, in tokens."""
+    high_freq_factor: PositiveFloat = 4.0
+    """Frequencies that turn more often than this over the original length stay as they are."""
+    low_freq_factor: PositiveFloat = 1.0
+    """Frequencies that turn less often than this are divided by the factor; those between are blended."""
+
+
 class RotaryConfig(Strict):
     """What all kinds of attention have in common: rotary positions."""
 
     rope_theta: Annotated[float, Field(gt=1.0)] = 10_000.0
     """Base of the rotary frequencies."""
     yarn: YarnConfig | None = None
-    """Stretching to longer texts; null: none."""
+    """Stretching to longer texts by YaRN; null: none."""
+    llama3: Llama3Config | None = None
+    """Stretching to longer texts as in Llama 3.1; null: none."""
 
 
 class GroupedQueryConfig(RotaryConfig):

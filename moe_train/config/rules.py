@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
-from moe_train.config.attention import GroupedQueryConfig
+from moe_train.config.attention import GroupedQueryConfig, RotaryConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.routing_rules import routing_problems
 from moe_train.config.schema import DataConfig, TokenizerConfig, TrainConfig
@@ -40,7 +40,17 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
             "rotary positions turn pairs: must be even",
             "choose another",
         )
-    yarn = model.attention.yarn
+    yield from stretching_problems(model.attention)
+    if model.adopt and model.init_from is None:
+        yield Problem("model.adopt", True, "needs a folder to take the architecture from", "set model.init_from=DIR")
+    yield from expert_problems(model)
+
+
+def stretching_problems(rotary: RotaryConfig) -> Iterator[Problem]:
+    """Yield what is wrong with how rotary positions are stretched to longer texts."""
+    yarn, llama3 = rotary.yarn, rotary.llama3
+    if yarn is not None and llama3 is not None:
+        yield Problem("model.attention.llama3", None, "positions are stretched by yarn already", "leave one out")
     if yarn is not None and yarn.beta_fast <= yarn.beta_slow:
         yield Problem(
             "model.attention.yarn.beta_fast",
@@ -48,9 +58,13 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
             f"must exceed beta_slow={yarn.beta_slow}: between them frequencies are blended",
             "raise it, or lower beta_slow",
         )
-    if model.adopt and model.init_from is None:
-        yield Problem("model.adopt", True, "needs a folder to take the architecture from", "set model.init_from=DIR")
-    yield from expert_problems(model)
+    if llama3 is not None and llama3.high_freq_factor <= llama3.low_freq_factor:
+        yield Problem(
+            "model.attention.llama3.high_freq_factor",
+            llama3.high_freq_factor,
+            f"must exceed low_freq_factor={llama3.low_freq_factor}: between them frequencies are blended",
+            "raise it, or lower low_freq_factor",
+        )
 
 
 def grouped_query_problems(model: ModelConfig, attention: GroupedQueryConfig) -> Iterator[Problem]:

@@ -51,8 +51,8 @@ def public_config(family: Family, config: TrainConfig, tokenizer: Tokenizer, dty
 
 def longest_text(config: TrainConfig) -> int:
     """Return the longest text that the model is meant for, in tokens."""
-    yarn = config.model.attention.yarn
-    return config.data.seq_len if yarn is None else round(yarn.factor * yarn.original_length)
+    stretching = config.model.attention.yarn or config.model.attention.llama3
+    return config.data.seq_len if stretching is None else round(stretching.factor * stretching.original_length)
 
 
 def generation_config(sample: SampleConfig, boundary: int) -> dict[str, Any]:

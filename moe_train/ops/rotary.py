@@ -1,4 +1,4 @@
-"""Rotary positions, plain and stretched to longer texts (YaRN)."""
+"""Rotary positions, plain and stretched to longer texts (YaRN, Llama 3.1)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_train.config.attention import RotaryConfig, YarnConfig
+from moe_train.config.attention import Llama3Config, RotaryConfig, YarnConfig
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,37 @@ def rotary_table(length: int, width: int, config: RotaryConfig, dtype: torch.dty
 def frequencies(width: int, config: RotaryConfig, device: torch.device) -> Tensor:
     """Return the angle per position of each pair, [W/2] fp64: theta^(-2i/W) (RoFormer, arXiv 2104.09864, eq. 15).
 
-    With YaRN (arXiv 2309.00071, eq. 13 to 17) slow frequencies are divided by the factor, fast ones stay.
+    Stretched positions (`stretched`) divide slow frequencies by a factor; fast ones stay.
     """
     pairs_W = torch.arange(width // 2, dtype=torch.float64, device=device)
     plain_W = config.rope_theta ** (-2.0 * pairs_W / width)
-    yarn = config.yarn
-    if yarn is None:
-        return plain_W
-    low, high = (pair_that_turns(turns, width, config.rope_theta, yarn) for turns in (yarn.beta_fast, yarn.beta_slow))
+    if config.yarn is not None:
+        share_W = yarn_share(pairs_W, width, config.rope_theta, config.yarn)
+        return stretched(plain_W, share_W, config.yarn.factor)
+    if config.llama3 is not None:
+        return stretched(plain_W, llama3_share(plain_W, config.llama3), config.llama3.factor)
+    return plain_W
+
+
+def stretched(plain_W: Tensor, share_W: Tensor, factor: float) -> Tensor:
+    """Return the frequencies [W/2] of which a share [W/2] between 0 and 1 is divided by the factor."""
+    return plain_W * (1.0 - share_W) + plain_W / factor * share_W
+
+
+def llama3_share(plain_W: Tensor, llama3: Llama3Config) -> Tensor:
+    """Return how far each pair is stretched, [W/2], by its turns over the original length (Llama 3.1's code)."""
+    turns_W = plain_W * llama3.original_length / (2.0 * math.pi)
+    low, high = llama3.low_freq_factor, llama3.high_freq_factor
+    return ((high - turns_W) / (high - low)).clamp(0.0, 1.0)
+
+
+def yarn_share(pairs_W: Tensor, width: int, theta: float, yarn: YarnConfig) -> Tensor:
+    """Return how far each pair is stretched, [W/2] (YaRN, arXiv 2309.00071, eq. 13 to 17)."""
+    low, high = (pair_that_turns(turns, width, theta, yarn) for turns in (yarn.beta_fast, yarn.beta_slow))
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
-    stretched_W = ((pairs_W - low) / max(high - low, 1e-3)).clamp(0.0, 1.0)
-    return plain_W * (1.0 - stretched_W) + plain_W / yarn.factor * stretched_W
+    return ((pairs_W - low) / max(high - low, 1e-3)).clamp(0.0, 1.0)
 
 
 def pair_that_turns(turns: float, width: int, theta: float, yarn: YarnConfig) -> float:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moe_train.config.attention import RotaryConfig, YarnConfig
+from moe_train.config.attention import Llama3Config, RotaryConfig, YarnConfig
 from moe_train.interop.families.base import Reading
 from moe_train.ops.rotary import magnitude, rotary_magnitude
 
@@ -32,11 +32,32 @@ def read_rotary(reading: Reading, is_latent: bool) -> dict[str, Any]:
     if stated.get("partial_rotary_factor", 1.0) not in (None, 1.0):
         rule, remedy = "heads that are rotated in part are not covered", "choose another model"
         reading.refuse("rope_parameters.partial_rotary_factor", rule, remedy, stated["partial_rotary_factor"])
-    if kind not in ("default", "yarn"):
+    if kind not in ("default", "yarn", "llama3"):
         rule = "is a kind of stretching that is not covered"
-        reading.refuse("rope_parameters.rope_type", rule, "choose a model with rope_type=default or yarn", kind)
+        reading.refuse("rope_parameters.rope_type", rule, "choose a model with rope_type=default, yarn or llama3", kind)
     theta = stated.get("rope_theta") or reading.get("rope_theta") or reading.defaults.get("rope_theta", 10_000.0)
-    return {"rope_theta": theta, "yarn": read_yarn(reading, stated, is_latent) if kind == "yarn" else None}
+    return {
+        "rope_theta": theta,
+        "yarn": read_yarn(reading, stated, is_latent) if kind == "yarn" else None,
+        "llama3": read_llama3(reading, stated) if kind == "llama3" else None,
+    }
+
+
+def read_llama3(reading: Reading, stated: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the keys of `Llama3Config`; None where a factor of 1 changes nothing."""
+    factor = stated_number(reading, stated, "factor", 1.0)
+    if factor <= 1.0:
+        if factor < 1.0:
+            rule = "stretching must make texts longer"
+            reading.refuse("rope_parameters.factor", rule, "choose a model without rope_scaling", factor)
+        return None
+    original = stated.get("original_max_position_embeddings") or reading.integer("max_position_embeddings")
+    return {
+        "factor": factor,
+        "original_length": original,
+        "high_freq_factor": stated_number(reading, stated, "high_freq_factor", 4.0),
+        "low_freq_factor": stated_number(reading, stated, "low_freq_factor", 1.0),
+    }
 
 
 def read_yarn(reading: Reading, stated: Mapping[str, Any], is_latent: bool) -> dict[str, Any] | None:
@@ -109,13 +130,28 @@ def solve_mscale(reading: Reading, rotary: float, factor: float, over_all: float
 
 def public_rotary(rotary: RotaryConfig, is_latent: bool) -> dict[str, Any]:
     """Return the keys of config.json, for old readers and new ones."""
-    scaling = None if rotary.yarn is None else public_yarn(rotary.yarn, is_latent)
+    scaling = None
+    if rotary.yarn is not None:
+        scaling = public_yarn(rotary.yarn, is_latent)
+    elif rotary.llama3 is not None:
+        scaling = public_llama3(rotary.llama3)
     parameters = {"rope_type": "default"} if scaling is None else scaling
     return {
         "rope_theta": rotary.rope_theta,
         # DeepSeek's own code asks for `type`, all others for `rope_type`.
-        "rope_scaling": None if scaling is None else {**scaling, "type": "yarn"},
+        "rope_scaling": None if scaling is None else {**scaling, "type": scaling["rope_type"]},
         "rope_parameters": {**parameters, "rope_theta": rotary.rope_theta},
+    }
+
+
+def public_llama3(llama3: Llama3Config) -> dict[str, Any]:
+    """Return the keys of positions stretched as in Llama 3.1."""
+    return {
+        "rope_type": "llama3",
+        "factor": llama3.factor,
+        "original_max_position_embeddings": llama3.original_length,
+        "high_freq_factor": llama3.high_freq_factor,
+        "low_freq_factor": llama3.low_freq_factor,
     }
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_train.config.attention import GroupedQueryConfig, LatentConfig, YarnConfig
+from moe_train.config.attention import GroupedQueryConfig, LatentConfig, Llama3Config, YarnConfig
 from moe_train.config.compose import compose_config
 from moe_train.config.model import FFNConfig, ModelConfig, MTPConfig
 from moe_train.config.rules import embedding_rows, model_problems, schedule_problems, train_problems
@@ -59,6 +59,13 @@ REFUSALS: dict[str, tuple[dict[str, object], str, str, str]] = {
     "no frequencies to blend": (
         {"attention": LatentConfig(yarn=YarnConfig(beta_fast=1.0, beta_slow=32.0))},
         "attention.yarn.beta_fast=1.0", "must exceed beta_slow=32.0", "lower beta_slow",
+    ),
+    "no frequencies to blend, as in Llama 3.1": (
+        {"attention": LatentConfig(llama3=Llama3Config(high_freq_factor=1.0))},
+        "attention.llama3.high_freq_factor=1.0", "must exceed low_freq_factor=1.0", "raise it",
+    ),
+    "stretched twice": (
+        grouped(yarn=YarnConfig(), llama3=Llama3Config()), "model.attention.llama3", "by yarn already", "leave one out"
     ),
     "odd rotary width": ({"attention": LatentConfig(rope_dim=3)}, "attention.rope_dim=3", "must be even", "another"),
     "all layers dense first": ({"layers": 4, **with_ffn(first_dense=4)}, "ffn.first_dense=4", "no MoE layer", "lower"),

@@ -177,7 +177,7 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "attention_dropout": ("mixtral", {"attention_dropout": 0.1}),
     "partial_rotary_factor": ("llama", {"partial_rotary_factor": 0.5}),
     "rope_parameters.partial_rotary_factor": ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
-    "rope_parameters.rope_type": ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
+    "rope_parameters.rope_type": ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}),
     "rope_parameters": ("qwen3_moe", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}),
     "rope_parameters.factor": ("llama", {"rope_scaling": YARN | {"factor": 0.5}}),
     "rope_parameters.beta_fast": ("llama", {"rope_scaling": YARN | {"beta_fast": "fast"}}),

@@ -29,6 +29,8 @@ from moe_train.models.transformer import Transformer
 
 HALVED = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 8, "beta_slow": 2}
 UNEVEN = YARN | {"mscale": 1.3, "mscale_all_dim": 0.4}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 16,
+          "low_freq_factor": 0.5, "high_freq_factor": 2.0}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "llama": config_of("llama"),
     "llama heads": config_of("llama", hidden_size=36, num_attention_heads=6, num_key_value_heads=3, head_dim=10,
@@ -36,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "llama tied, multi-head": config_of("llama", num_key_value_heads=4, tie_word_embeddings=True, rope_theta=500.0),
     "llama yarn": config_of("llama", rope_scaling=YARN, rms_norm_eps=1e-3),
     "llama yarn, factor": config_of("llama", rope_scaling=YARN | {"attention_factor": 1.4, "truncate": False}),
+    "llama 3.1": config_of("llama", rope_scaling=LLAMA3),
     "llama yarn, as without": config_of("llama", rope_scaling=HALVED),
     "mixtral": config_of("mixtral"),
     "mixtral window, tied": config_of("mixtral", sliding_window=4, tie_word_embeddings=True, num_hidden_layers=3),

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from moe_train.config.attention import RotaryConfig, YarnConfig
+from moe_train.config.attention import Llama3Config, RotaryConfig, YarnConfig
 from moe_train.ops.rotary import Rotary, frequencies, rotary_magnitude, rotary_table, rotate, score_magnitude
 
 QUICK = settings(max_examples=60, deadline=None)
@@ -201,3 +201,25 @@ def test_a_factor_close_to_one_is_plain() -> None:
     assert torch.allclose(stretched.cos_SW, plain.cos_SW, rtol=0, atol=1e-8)
     assert torch.allclose(stretched.sin_SW, plain.sin_SW, rtol=0, atol=1e-8)
     assert score_magnitude(yarn) == pytest.approx(1.0, abs=1e-8)
+
+
+@pytest.mark.parametrize(("width", "theta"), [(64, 500_000.0), (128, 500_000.0), (16, 100.0)])
+@pytest.mark.parametrize(
+    "llama3",
+    [Llama3Config(), Llama3Config(factor=32.0), Llama3Config(original_length=64, high_freq_factor=2.5)],
+    ids=["3.1", "3.2", "short"],
+)
+def test_llama_3_equals_transformers(llama3: Llama3Config, width: int, theta: float) -> None:
+    parameters = {
+        "rope_type": "llama3", "rope_theta": theta, "factor": llama3.factor,
+        "original_max_position_embeddings": llama3.original_length,
+        "low_freq_factor": llama3.low_freq_factor, "high_freq_factor": llama3.high_freq_factor,
+    }  # fmt: skip
+    config = LlamaConfig(hidden_size=2 * width, num_attention_heads=2, head_dim=width, rope_parameters=parameters)
+    expected_W, size = ROPE_INIT_FUNCTIONS["llama3"](config, CPU)
+    found_W = frequencies(width, RotaryConfig(rope_theta=theta, llama3=llama3), CPU)
+    assert torch.allclose(found_W.float(), expected_W, rtol=2e-6, atol=0)
+    plain_W = frequencies(width, RotaryConfig(rope_theta=theta), CPU)
+    turns_W = plain_W * llama3.original_length / (2 * math.pi)
+    assert torch.equal(found_W < plain_W, turns_W < llama3.high_freq_factor)
+    assert size == 1.0
