@@ -132,7 +132,7 @@ def chosen_only(mapping: dict[str, Any], overrides: list[str]) -> dict[str, Any]
     A preset chooses balance losses and then says how strong they are: of those that ``model/ffn/balance=[...]`` leaves
     out, the strength must not stay behind and switch them on again.
     """
-    cleaned = mapping
+    cleaned, explicit = mapping, keys_of(overrides)
     for override in OverridesParser.create().parse_overrides(overrides):
         group = override.key_or_group
         if group not in LISTS:
@@ -141,7 +141,7 @@ def chosen_only(mapping: dict[str, Any], overrides: list[str]) -> dict[str, Any]
         chosen = sections_of(group, value if isinstance(value, list) else [value])
         for section in sections_of(group, options_of(group)) - chosen:
             path = [*group.split("/"), section]
-            if not any(key == ".".join(path) or key.startswith(".".join(path) + ".") for key in keys_of(overrides)):
+            if not any(f"{key}.".startswith(".".join(path) + ".") for key in explicit):
                 cleaned = without(cleaned, path)
     return cleaned
 

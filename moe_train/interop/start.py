@@ -61,12 +61,11 @@ class Start:
     segments: Segments | None
 
 
-def load_first_weights(model: Transformer, vocab_size: int, world: World, seed: int) -> None:
+def load_first_weights(model: Transformer, world: World, seed: int) -> None:
     """Overwrite initial values with those of ``model.config.init_from``, streamed. Collective.
 
     Args:
         model: as this rank holds it, with initial values: routers of upcycled layers keep them.
-        vocab_size: rows V of the embedding.
         world: the processes.
         seed: of the noise of upcycling.
 
@@ -78,7 +77,7 @@ def load_first_weights(model: Transformer, vocab_size: int, world: World, seed: 
     assert config.init_from is not None, "there is nothing to start from"
     path = Path(config.init_from).expanduser()
     folder = reading(world, lambda: PublicFolder.open(path))
-    start = agreed_start(config, vocab_size, folder, world)
+    start = agreed_start(config, model.embedding_VD.shape[0], folder, world)
     fill(held_of(model), start.expected, folder, world)
     if start.segments is not None:
         finish_upcycling(model, start.segments, seed)

@@ -69,7 +69,7 @@ class Run:
 class Starter(Protocol):
     """Gives a model the first weights of the folder ``model.init_from``."""
 
-    def __call__(self, model: Transformer, vocab_size: int, world: World, seed: int) -> None:
+    def __call__(self, model: Transformer, world: World, seed: int) -> None:
         """Overwrite the model's values in place. Collective."""
 
 
@@ -104,7 +104,7 @@ def build_run(config: TrainConfig, world: World, starter: Starter) -> Run:
     manager = CheckpointManager(Path(config.run.dir).expanduser() / CHECKPOINTS, world, mesh, config.checkpoint.keep)
     checkpoint = manager.resume(config.checkpoint.resume)
     if checkpoint is None and config.model.init_from is not None:
-        starter(model, vocab_size, world, config.run.seed)
+        starter(model, world, config.run.seed)
     if checkpoint is not None:
         restore(checkpoint, identity(config, corpus), engine, loader, world)
     run = Run(config, world, mesh, corpus, engine, loader, manager, checkpoint.step if checkpoint else 0)
