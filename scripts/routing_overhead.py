@@ -19,8 +19,8 @@ import torch
 
 from moe_train.config.model import FFNConfig, ModelConfig
 from moe_train.config.routing import AuxLossConfig, BalanceConfig, FactorCapacityConfig, TopKRouterConfig, ZLossConfig
+from moe_train.models.build import build_moe
 from moe_train.models.initialise import initialise
-from moe_train.models.transformer import build_moe
 from moe_train.moe.balance import RoutingRecord
 from moe_train.moe.capacity import Capacity
 from moe_train.moe.context import RoutingContext

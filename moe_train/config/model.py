@@ -8,10 +8,13 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from moe_train.config.attention import AttentionConfig, GroupedQueryConfig
 from moe_train.config.base import Strict
+from moe_train.config.graph import GraphConfig
 from moe_train.config.routing import BalanceConfig, CapacityConfig, DroplessConfig, RouterConfig, TopKRouterConfig
 
 Activation: TypeAlias = Literal["swiglu", "geglu", "gelu", "relu", "swiglu_clamped"]
 """What stands between the two projections of a feed-forward network; those in -glu have a gate."""
+NormKind: TypeAlias = Literal["rms", "layer"]
+"""RMSNorm (arXiv 1910.07467), or LayerNorm with gain and bias (arXiv 1607.06450)."""
 
 
 class FFNConfig(Strict):
@@ -47,6 +50,9 @@ class FFNConfig(Strict):
     """How load is kept even."""
     capacity: CapacityConfig = DroplessConfig()
     """How many assignments an expert takes."""
+    graph: GraphConfig | None = None
+    """Every token visits every expert and a graph couples them: no router, no balance, no capacity; null: tokens choose
+    experts."""
 
 
 class MTPConfig(Strict):
@@ -83,8 +89,16 @@ class ModelConfig(Strict):
     """Rows of the embedding, at least the tokens of the tokenizer; null: as many."""
     tie_embeddings: bool = True
     """The output head is the embedding matrix."""
+    head_bias: bool = False
+    """Whether the output head has a bias; needs a head of its own."""
+    norm: NormKind = "rms"
+    """Kind of all norms but those of queries, keys and latent vectors."""
     norm_eps: PositiveFloat = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Added to the mean square (RMSNorm) or to the variance (LayerNorm)."""
+    positions: Literal["rotary", "learned"] = "rotary"
+    """How positions enter: queries and keys are rotated, or a learned vector is added to each token's."""
+    max_positions: PositiveInt | None = None
+    """Learned positions: the longest text, in tokens; null with rotary ones."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights; projections into the residual stream get 1/sqrt(2·layers) of it."""
     init_from: str | None = None

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 
 from moe_train.config.attention import GroupedQueryConfig, RotaryConfig
+from moe_train.config.graph_rules import graph_problems
 from moe_train.config.model import ModelConfig
 from moe_train.config.routing_rules import routing_problems
 from moe_train.config.schema import DataConfig, TokenizerConfig, TrainConfig
@@ -41,9 +42,32 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
             "choose another",
         )
     yield from stretching_problems(model.attention)
+    yield from position_problems(model)
+    if model.head_bias and model.tie_embeddings:
+        yield Problem("model.head_bias", True, "needs a head of its own", "set model.tie_embeddings=false")
     if model.adopt and model.init_from is None:
         yield Problem("model.adopt", True, "needs a folder to take the architecture from", "set model.init_from=DIR")
     yield from expert_problems(model)
+
+
+def position_problems(model: ModelConfig) -> Iterator[Problem]:
+    """Yield what is wrong with how positions enter."""
+    attention, longest = model.attention, model.max_positions
+    if model.positions == "rotary":
+        if longest is not None:
+            rule = "is the number of learned positions, and positions are rotary"
+            yield Problem("model.max_positions", longest, rule, "set model.positions=learned or leave it out")
+        return
+    if longest is None:
+        rule = "learned positions need a longest text"
+        yield Problem("model.max_positions", None, rule, "set it to data.seq_len or more")
+    if not isinstance(attention, GroupedQueryConfig):
+        rule = "latent attention has rotary positions"
+        yield Problem("model.positions", model.positions, rule, "leave it out, or choose model/attention=gqa")
+    for key in ("yarn", "llama3"):
+        if getattr(attention, key) is not None:
+            rule = "stretches rotary positions, and positions are learned"
+            yield Problem(f"model.attention.{key}", "set", rule, "leave it out, or set model.positions=rotary")
 
 
 def stretching_problems(rotary: RotaryConfig) -> Iterator[Problem]:
@@ -112,6 +136,8 @@ def expert_problems(model: ModelConfig) -> Iterator[Problem]:
     """Yield what is wrong between the fields of the feed-forward layers."""
     ffn = model.ffn
     if ffn.num_experts == 0:
+        if ffn.graph is not None:
+            yield Problem("model.ffn.graph", "set", "couples experts, and there are none", "set model.ffn.num_experts")
         return
     if model.layers // ffn.every * ffn.every <= ffn.first_dense:
         key = "first_dense" if ffn.first_dense else "every"
@@ -129,7 +155,7 @@ def expert_problems(model: ModelConfig) -> Iterator[Problem]:
                 "describes shared experts, and there are none",
                 "set model.ffn.num_shared_experts, or leave it out",
             )
-    yield from routing_problems(ffn)
+    yield from routing_problems(ffn) if ffn.graph is None else graph_problems(ffn, ffn.graph)
 
 
 def batch_problems(config: TrainConfig, world_size: int) -> Iterator[Problem]:
@@ -177,6 +203,10 @@ def schedule_problems(config: TrainConfig) -> Iterator[Problem]:
             f"looks further ahead than data.seq_len={config.data.seq_len}",
             "lower it",
         )
+    longest = config.model.max_positions
+    if longest is not None and longest < config.data.seq_len:
+        rule = f"is shorter than data.seq_len={config.data.seq_len}"
+        yield Problem("model.max_positions", longest, rule, "raise it, or shorten the texts")
     if config.optim.warmup_steps > config.train.steps:
         yield Problem(
             "optim.warmup_steps",

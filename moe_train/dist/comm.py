@@ -1,12 +1,14 @@
 """The collectives of the forward pass: the only ones, differentiable, counted and timed.
 
-`all_to_all_rows` is a custom operator, not a plain autograd function, so that selective activation checkpointing can
-keep its result instead of sending the tokens again (an in-place c10d call cannot be saved).
+They are custom operators, not plain autograd functions, so that selective activation checkpointing can keep their
+results instead of sending the tokens again (an in-place c10d call cannot be saved).
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +44,22 @@ class Meter:
         self.events.clear()
         return total_ms
 
+    @contextmanager
+    def exchange(self, device: torch.device, sent_bytes: int) -> Iterator[None]:
+        """Count and time the collective in the block; on an accelerator without waiting for it."""
+        self.sent_bytes += sent_bytes
+        self.calls += 1
+        if device.type == "cpu":
+            start_s = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - start_s
+            return
+        start, end = (torch.Event(device, enable_timing=True) for _ in range(2))
+        start.record()
+        yield
+        end.record()
+        self.events.append((start, end))
+
 
 METER = Meter()
 """Per process, because the backward pass of the operator has no other place to report to."""
@@ -63,18 +81,8 @@ def all_to_all_rows(x_ND: Tensor, received: list[int], sent: list[int], group_na
     """
     group = _resolve_process_group(GroupName(group_name))
     out = x_ND.new_empty((sum(received), *x_ND.shape[1:]))
-    METER.sent_bytes += x_ND.numel() * x_ND.element_size()
-    METER.calls += 1
-    if x_ND.device.type == "cpu":
-        start_s = time.perf_counter()
+    with METER.exchange(x_ND.device, num_bytes(x_ND)):
         dist.all_to_all_single(out, x_ND.contiguous(), received, sent, group=group)
-        METER.seconds += time.perf_counter() - start_s
-        return out
-    start, end = (torch.Event(x_ND.device, enable_timing=True) for _ in range(2))
-    start.record()
-    dist.all_to_all_single(out, x_ND.contiguous(), received, sent, group=group)
-    end.record()
-    METER.events.append((start, end))
     return out
 
 
@@ -92,6 +100,74 @@ def _backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
 
 
 all_to_all_rows.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("moe_train::gather_rows_of_all", mutates_args=())
+def gather_rows_of_all(x_ND: Tensor, num_ranks: int, group_name: str) -> Tensor:
+    """Give every rank of the group the rows of all: an all-gather.
+
+    Args:
+        x_ND: [N, ...] rows; as many on every rank.
+        num_ranks: ranks P of the group.
+        group_name: name of the process group.
+
+    Returns:
+        [P · N, ...] rows in order of source rank. The gradient of a row is the sum over the ranks that got it: the
+        adjoint of an all-gather is a reduce-scatter.
+    """
+    out = x_ND.new_empty((num_ranks * len(x_ND), *x_ND.shape[1:]))
+    with METER.exchange(x_ND.device, num_ranks * num_bytes(x_ND)):
+        dist.all_gather_into_tensor(out, x_ND.contiguous(), group=_resolve_process_group(GroupName(group_name)))
+    return out
+
+
+@gather_rows_of_all.register_fake
+def _(x_ND: Tensor, num_ranks: int, group_name: str) -> Tensor:
+    return x_ND.new_empty((num_ranks * len(x_ND), *x_ND.shape[1:]))
+
+
+@torch.library.custom_op("moe_train::sum_rows_of_all", mutates_args=())
+def sum_rows_of_all(x_ND: Tensor, num_ranks: int, group_name: str) -> Tensor:
+    """Add up the ranks' rows and keep this rank's part of the sum: a reduce-scatter.
+
+    Args:
+        x_ND: [P · N, ...] rows, those of rank p's tokens at place p; as many on every rank.
+        num_ranks: ranks P of the group.
+        group_name: name of the process group.
+
+    Returns:
+        [N, ...] sums, whose gradient goes to all ranks: an all-gather.
+    """
+    out = x_ND.new_empty((len(x_ND) // num_ranks, *x_ND.shape[1:]))
+    with METER.exchange(x_ND.device, num_bytes(x_ND)):
+        dist.reduce_scatter_tensor(out, x_ND.contiguous(), group=_resolve_process_group(GroupName(group_name)))
+    return out
+
+
+@sum_rows_of_all.register_fake
+def _(x_ND: Tensor, num_ranks: int, group_name: str) -> Tensor:
+    return x_ND.new_empty((len(x_ND) // num_ranks, *x_ND.shape[1:]))
+
+
+def _setup_of_all(ctx: Any, inputs: tuple[Tensor, int, str], output: Tensor) -> None:
+    _, ctx.num_ranks, ctx.group_name = inputs
+
+
+def _sum_backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+    return gather_rows_of_all(grad_ND, ctx.num_ranks, ctx.group_name), None, None
+
+
+def _gather_backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+    return sum_rows_of_all(grad_ND, ctx.num_ranks, ctx.group_name), None, None
+
+
+gather_rows_of_all.register_autograd(_gather_backward, setup_context=_setup_of_all)
+sum_rows_of_all.register_autograd(_sum_backward, setup_context=_setup_of_all)
+
+
+def num_bytes(x: Tensor) -> int:
+    """Return the bytes of a tensor's values."""
+    return x.numel() * x.element_size()
 
 
 def exchange_counts(counts_PM: Tensor, group: dist.ProcessGroup) -> Tensor:

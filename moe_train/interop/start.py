@@ -27,6 +27,7 @@ from moe_train.interop.upcycle import (
     upcycled_parts,
 )
 from moe_train.models.transformer import Transformer
+from moe_train.moe.layer import MoELayer
 from moe_train.moe.roles import Kind, roles_of
 from moe_train.moe.routers.linear import LinearRouter
 
@@ -200,7 +201,7 @@ def leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def finish_upcycling(model: Transformer, segments: Segments, seed: int) -> None:
     """Tie the router rows of each copy's segments, and add noise to all copies but the first."""
     for layer in model.moe_layers.values():
-        if isinstance(layer.router, LinearRouter):
+        if isinstance(layer, MoELayer) and isinstance(layer.router, LinearRouter):
             tie_router_rows(layer.router.weight, segments.number)
     roles, noise = roles_of(model), model.config.upcycle.noise
     own = {name: (parameter, roles[name]) for name, parameter in model.named_parameters() if name.startswith("blocks.")}

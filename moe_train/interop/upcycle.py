@@ -24,8 +24,8 @@ from moe_train.config.routing import (
     TopKSoftmaxRouterConfig,
 )
 from moe_train.interop.parts import Part, Parts
+from moe_train.models.build import is_moe_layer, shared_width
 from moe_train.models.initialise import draw
-from moe_train.models.transformer import is_moe_layer, shared_width
 from moe_train.moe.roles import Role
 from moe_train.ops.activation import GATED
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe_train.config.attention import GroupedQueryConfig, LatentConfig
 from moe_train.config.model import ModelConfig
-from moe_train.models.modules import Linear, RMSNorm
+from moe_train.moe.modules import Linear, RMSNorm
 from moe_train.moe.roles import Kind, Role
 from moe_train.ops.attention import causal_attention
 from moe_train.ops.rotary import Rotary, rotate, score_magnitude
@@ -21,8 +21,8 @@ LATENT_EPS = 1e-6
 class Attention(Protocol):
     """What a block asks of its attention."""
 
-    def __call__(self, x_BSD: Tensor, rotary: Rotary) -> Tensor:
-        """Apply to [B, S, D]; the table is of S positions and of width `rotary_width`."""
+    def __call__(self, x_BSD: Tensor, rotary: Rotary | None) -> Tensor:
+        """Apply to [B, S, D]; the table is of S positions and of width `rotary_width`, None turns nothing."""
 
 
 def build_attention(config: ModelConfig, layer: int, out_std: float) -> GroupedQueryAttention | LatentAttention:
@@ -60,7 +60,7 @@ def rotary_width(config: ModelConfig) -> int:
 
 
 class GroupedQueryAttention(nn.Module):
-    """Causal grouped-query attention with rotary positions (GQA, arXiv 2305.13245).
+    """Causal grouped-query attention (GQA, arXiv 2305.13245).
 
     Args:
         config: the model.
@@ -84,7 +84,7 @@ class GroupedQueryAttention(nn.Module):
         self.roles = {"sinks_H": Role(Kind.DENSE, config.init_std)}
         self.register_parameter("sinks_H", nn.Parameter(torch.empty(self.heads)) if attention.sinks else None)
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x_BSD: Tensor, rotary: Rotary | None) -> Tensor:
         """Apply to [B, S, D], with the rotary table of these positions."""
         widths = [self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.width]
         q_BSN, k_BSN, v_BSN = torch.split(self.qkv(x_BSD), widths, dim=-1)
@@ -154,7 +154,7 @@ class LatentAttention(nn.Module):
         self.kv_up = Linear(attention.kv_rank, self.heads * (attention.nope_dim + attention.v_dim), std)
         self.out = Linear(self.heads * attention.v_dim, config.dim, out_std)
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x_BSD: Tensor, rotary: Rotary | None) -> Tensor:
         """Apply to [B, S, D], with the rotary table of these positions."""
         q_BHSW = self.queries(x_BSD, rotary)
         k_BHSW, v_BHSU = self.keys_and_values(x_BSD, rotary)
@@ -162,14 +162,14 @@ class LatentAttention(nn.Module):
         out_BSD: Tensor = self.out(y_BHSU.transpose(1, 2).flatten(2))
         return out_BSD
 
-    def queries(self, x_BSD: Tensor, rotary: Rotary) -> Tensor:
+    def queries(self, x_BSD: Tensor, rotary: Rotary | None) -> Tensor:
         """Return the queries [B, H, S, nope + rope]."""
         q_BSN = self.q(x_BSD) if self.sizes.q_rank is None else self.q_up(self.q_norm(self.q_down(x_BSD)))
         q_BHSW = cut(q_BSN, self.sizes.nope_dim + self.sizes.rope_dim).transpose(1, 2)
         plain, turned = torch.split(q_BHSW, [self.sizes.nope_dim, self.sizes.rope_dim], dim=-1)
         return torch.cat([plain, rotate(turned, rotary)], dim=-1)
 
-    def keys_and_values(self, x_BSD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, x_BSD: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """Return the keys [B, H, S, nope + rope] and the values [B, H, S, v]."""
         latent_BSN, k_rope_BSW = torch.split(self.kv_down(x_BSD), [self.sizes.kv_rank, self.sizes.rope_dim], dim=-1)
         # The norm is of the latent part only: the shared key keeps the size that its weights give it.

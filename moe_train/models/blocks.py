@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from moe_train.config.model import ModelConfig
 from moe_train.models.attention import build_attention
-from moe_train.models.modules import FeedForward, Linear, RMSNorm
-from moe_train.moe.balance import RoutingRecord
+from moe_train.models.modules import FeedForward
 from moe_train.moe.context import RoutingContext
+from moe_train.moe.graph.layer import GraphLayer
 from moe_train.moe.layer import MoELayer
+from moe_train.moe.modules import Linear, build_norm
+from moe_train.moe.record import LayerRecord
 from moe_train.ops.rotary import Rotary
 
 
@@ -22,11 +24,11 @@ class BlockOutput:
 
     Attributes:
         x_BSD: [B, S, D] residual stream.
-        record: the router's sums of a MoE block; None for a dense one.
+        record: sums of a block with experts; None for a dense one.
     """
 
     x_BSD: Tensor
-    record: RoutingRecord | None
+    record: LayerRecord | None
 
 
 class Block(nn.Module):
@@ -35,25 +37,46 @@ class Block(nn.Module):
     Args:
         config: the model.
         layer: depth of the block, from 0.
-        ffn: a dense network or a MoE layer.
+        ffn: a dense network or a layer with experts.
         out_std: standard deviation of the initial values of the attention's output projection.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, ffn: FeedForward | MoELayer, out_std: float) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, ffn: FeedForward | MoELayer | GraphLayer, out_std: float
+    ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm = build_norm(config.norm, config.dim, config.norm_eps)
         self.attention = build_attention(config, layer, out_std)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = build_norm(config.norm, config.dim, config.norm_eps)
         self.ffn = ffn
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary, context: RoutingContext) -> BlockOutput:
+    def forward(self, x_BSD: Tensor, rotary: Rotary | None, context: RoutingContext) -> BlockOutput:
         """Apply to the residual stream [B, S, D] of the tokens that ``context`` describes."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary)
         normed_BSD = self.ffn_norm(x_BSD)
-        if isinstance(self.ffn, MoELayer):
+        if isinstance(self.ffn, MoELayer | GraphLayer):
             output = self.ffn(normed_BSD, context)
             return BlockOutput(x_BSD + output.y_BSD, output.record)
         return BlockOutput(x_BSD + self.ffn(normed_BSD), None)
+
+
+class CoupledBlocks(nn.Module):
+    """x + coupling(block_1(x), ..., block_E(x)): the place of one block taken by E of them (GNN-MoE, phase 1).
+
+    Each block has residual connections of its own, inside of the one around them all.
+
+    Args:
+        layer: whose experts are blocks.
+    """
+
+    def __init__(self, layer: GraphLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x_BSD: Tensor, rotary: Rotary | None, context: RoutingContext) -> BlockOutput:
+        """Apply to the residual stream [B, S, D] of the tokens that ``context`` describes."""
+        output = self.layer(x_BSD, context, rotary)
+        return BlockOutput(x_BSD + output.y_BSD, output.record)
 
 
 class MTPModule(nn.Module):
@@ -67,15 +90,17 @@ class MTPModule(nn.Module):
         block: the block.
     """
 
-    def __init__(self, config: ModelConfig, block: Block) -> None:
+    def __init__(self, config: ModelConfig, block: Block | CoupledBlocks) -> None:
         super().__init__()
-        self.embedding_norm = RMSNorm(config.dim, config.norm_eps)
-        self.hidden_norm = RMSNorm(config.dim, config.norm_eps)
+        self.embedding_norm = build_norm(config.norm, config.dim, config.norm_eps)
+        self.hidden_norm = build_norm(config.norm, config.dim, config.norm_eps)
         self.project = Linear(2 * config.dim, config.dim, config.init_std)
         self.block = block
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = build_norm(config.norm, config.dim, config.norm_eps)
 
-    def forward(self, hidden_BSD: Tensor, embedded_BSD: Tensor, rotary: Rotary, context: RoutingContext) -> BlockOutput:
+    def forward(
+        self, hidden_BSD: Tensor, embedded_BSD: Tensor, rotary: Rotary | None, context: RoutingContext
+    ) -> BlockOutput:
         """Look one token further ahead.
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_train.config.model import ModelConfig
-from moe_train.models.sizes import Size, block_size, mtp_size, score_flops, total, vector
+from moe_train.models.sizes import Size, block_size, mtp_size, norm_size, score_flops, total
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,17 @@ def count(config: ModelConfig, vocab_size: int, seq_len: int) -> Counts:
         vocab_size: tokens of the tokenizer; model.vocab_size, where stated, comes first.
         seq_len: positions per sequence, for the FLOPs of attention.
     """
-    embedding = (config.vocab_size or vocab_size) * config.dim
-    blocks = total(block_size(config, layer) for layer in range(config.layers)) + vector(config.dim)
+    rows = config.vocab_size or vocab_size
+    embedding, positions = rows * config.dim, (config.max_positions or 0) * config.dim
+    head_bias = rows if config.head_bias else 0
+    blocks = total(block_size(config, layer) for layer in range(config.layers)) + norm_size(config)
     modules, depth = mtp_size(config), config.mtp.depth
-    matrices = embedding if config.tie_embeddings else 2 * embedding
+    matrices = positions + head_bias + (embedding if config.tie_embeddings else 2 * embedding)
     return Counts(
         total=blocks.stored + matrices + modules.stored,
         mtp=modules.stored,
         active=blocks.used + matrices,
-        active_without_embedding=blocks.used + embedding,
+        active_without_embedding=blocks.used + embedding + head_bias,
         forward_flops_per_token=flops(config, blocks, range(config.layers), embedding, seq_len),
         mtp_flops_per_token=flops(
             config, modules, range(config.layers, config.layers + depth), depth * embedding, seq_len

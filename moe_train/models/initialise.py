@@ -31,11 +31,11 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 
 def draw(shape: torch.Size, role: Role, key: str) -> Tensor:
-    """Return normal values with the role's standard deviation, fp32, determined by ``key``."""
+    """Return normal values with the role's mean and standard deviation, fp32, determined by ``key``."""
     assert role.std is not None, "ones are not drawn"
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     values = torch.empty(shape, dtype=torch.float32)
     if role.truncated:
         return nn.init.trunc_normal_(values, 0.0, role.std, -2 * role.std, 2 * role.std, generator=generator)
-    return values.normal_(0.0, role.std, generator=generator)
+    return values.normal_(role.mean, role.std, generator=generator)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moe_train.config.attention import GroupedQueryConfig, LatentConfig
+from moe_train.config.graph import GraphConfig
 from moe_train.config.model import Activation, FFNConfig, ModelConfig
 from moe_train.config.routing import (
     HashRouterConfig,
@@ -14,7 +15,7 @@ from moe_train.config.routing import (
     TopKSoftmaxRouterConfig,
 )
 from moe_train.models.attention import head_width, window_of
-from moe_train.models.transformer import is_moe_layer
+from moe_train.models.build import is_moe_layer
 from moe_train.ops.activation import inner_width
 
 
@@ -118,11 +119,66 @@ def moe_size(dim: int, ffn: FFNConfig) -> Size:
 
 def block_size(config: ModelConfig, layer: int) -> Size:
     """Return the size of a block: two norms, attention, and what the layer pattern says."""
-    if is_moe_layer(config.ffn, layer):
-        ffn = moe_size(config.dim, config.ffn)
-    else:
-        ffn = network_size(config.dim, config.ffn.hidden_dim, config.ffn.activation)
-    return vector(2 * config.dim) + attention_size(config) + ffn
+    ffn = config.ffn
+    around = norm_size(config) + norm_size(config) + attention_size(config)
+    if not is_moe_layer(ffn, layer):
+        return around + network_size(config.dim, ffn.hidden_dim, ffn.activation)
+    if ffn.graph is None:
+        return around + moe_size(config.dim, ffn)
+    expert = network_size(config.dim, ffn.expert_dim, ffn.expert_activation or ffn.activation, ffn.expert_bias)
+    if ffn.graph.expert == "block":
+        return times(ffn.num_experts, around + expert) + coupling_size(config, ffn.graph)
+    return around + times(ffn.num_experts, expert) + coupling_size(config, ffn.graph)
+
+
+def norm_size(config: ModelConfig) -> Size:
+    """Return the size of a norm of the residual stream: its gain, and in LayerNorm a bias."""
+    return vector(config.dim if config.norm == "rms" else 2 * config.dim)
+
+
+def coupling_size(config: ModelConfig, graph: GraphConfig) -> Size:
+    """Return the size of graph layers, pooling and combiner of one layer with experts.
+
+    The linear maps of a graph layer are stored once and applied to the E vectors of a token.
+    """
+    dim, num_experts = config.dim, config.ffn.num_experts
+    linear = matrix(dim, dim) + vector(dim)
+    layer = per_expert(num_experts, linear)
+    if graph.max_neighbors != 0:
+        layer += per_expert(num_experts, linear) + Size(multiplied=message_products(config, graph))
+        if graph.similarity == "gate":
+            layer += per_expert(num_experts, matrix(1, 2 * dim) + vector(1))
+        if graph.adjacency != "none":
+            layer += vector(num_experts**2)
+    size = times(graph.layers, layer)
+    size += {"mean": Size(), "weighted": vector(num_experts), "attention": vector(dim)}[graph.pooling]
+    size += Size(multiplied=num_experts * dim if graph.pooling == "attention" else 0)
+    if graph.combiner != "none":
+        size += linear
+    return size + norm_size(config) if graph.combiner == "gelu_norm" else size
+
+
+def message_products(config: ModelConfig, graph: GraphConfig) -> int:
+    """Return the multiplications per token and graph layer that belong to no parameter.
+
+    They are those of the sums of messages, E · M · D for M sources of each expert, and of the products of the vectors
+    of all pairs, where these are compared.
+    """
+    num_experts = config.ffn.num_experts
+    possible = num_experts if graph.self_edges else num_experts - 1
+    sources = possible if graph.max_neighbors is None else min(possible, graph.max_neighbors)
+    compared = 0 if graph.similarity == "gate" else possible
+    return num_experts * (sources + compared) * config.dim
+
+
+def times(number: int, part: Size) -> Size:
+    """Return the size of several equal parts that every token passes through."""
+    return Size(number * part.stored, number * part.used, number * part.multiplied)
+
+
+def per_expert(num_experts: int, part: Size) -> Size:
+    """Return the size of a part that is stored once and applied to what each expert holds."""
+    return Size(part.stored, part.used, num_experts * part.multiplied)
 
 
 def mtp_size(config: ModelConfig) -> Size:
@@ -130,7 +186,7 @@ def mtp_size(config: ModelConfig) -> Size:
 
     Each has two norms, a projection from 2·D to D, a block and a last norm; embedding and head are the model's.
     """
-    module = vector(3 * config.dim) + matrix(config.dim, 2 * config.dim)
+    module = times(3, norm_size(config)) + matrix(config.dim, 2 * config.dim)
     return total(module + block_size(config, config.layers + k) for k in range(config.mtp.depth))
 
 
@@ -143,11 +199,14 @@ def seen_positions(seq_len: int, window: int | None) -> int:
 def score_flops(config: ModelConfig, layer: int, seq_len: int) -> int:
     """Return the operations of a sequence in the products of queries, keys and values of one layer.
 
-    What a token does not see is not counted, whether or not it is computed.
+    Experts that are whole blocks have an attention each. What a token does not see is not counted, whether or not it is
+    computed.
     """
     attention = config.attention
     if isinstance(attention, LatentConfig):
         widths, window = attention.nope_dim + attention.rope_dim + attention.v_dim, None
     else:
         widths, window = 2 * head_width(config, attention), window_of(attention, layer)
-    return 2 * config.heads * widths * seen_positions(seq_len, window)
+    graph = config.ffn.graph
+    blocks = config.ffn.num_experts if graph and graph.expert == "block" and is_moe_layer(config.ffn, layer) else 1
+    return blocks * 2 * config.heads * widths * seen_positions(seq_len, window)

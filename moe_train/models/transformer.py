@@ -8,18 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_train.config.model import FFNConfig, ModelConfig
+from moe_train.config.model import ModelConfig
 from moe_train.models.attention import rotary_width
-from moe_train.models.blocks import Block, BlockOutput, MTPModule
-from moe_train.models.modules import FeedForward, Linear, RMSNorm, SharedExperts
-from moe_train.moe.balance import Balance, RoutingRecord
-from moe_train.moe.capacity import Capacity
+from moe_train.models.blocks import Block, BlockOutput, CoupledBlocks, MTPModule
+from moe_train.models.build import build_block
 from moe_train.moe.context import RoutingContext, ahead
 from moe_train.moe.exchange import Exchange
-from moe_train.moe.experts import Experts
+from moe_train.moe.graph.layer import GraphLayer
 from moe_train.moe.layer import MoELayer
+from moe_train.moe.modules import Linear, build_norm
+from moe_train.moe.record import ExpertLayer, LayerRecord
 from moe_train.moe.roles import Kind, Role
-from moe_train.moe.routers import build_router
 from moe_train.ops.rotary import Rotary, rotary_table
 
 
@@ -29,14 +28,14 @@ class ModelOutput:
 
     Attributes:
         logits_BSV: [B, S, V] scores of the next token, in the dtype of the activations.
-        records: the router's sums of each MoE layer, in order of depth, then of the modules of multi-token prediction;
+        records: the sums of each layer with experts, in order of depth, then of the modules of multi-token prediction;
             empty for a dense model.
         mtp_logits: per module of multi-token prediction [B, S, V]: module k (from 0) scores at position i the token
             i + k + 2. Only in training; the last k + 1 positions mean nothing.
     """
 
     logits_BSV: Tensor
-    records: tuple[RoutingRecord, ...]
+    records: tuple[LayerRecord, ...]
     mtp_logits: tuple[Tensor, ...] = ()
 
 
@@ -50,25 +49,30 @@ class Transformer(nn.Module):
         dtype: of the activations. Parameters keep theirs and are cast where they are used.
     """
 
+    positions_SD: nn.Parameter | None
+
     def __init__(self, config: ModelConfig, vocab_size: int, exchange: Exchange, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
         self.embedding_VD = nn.Parameter(torch.empty(vocab_size, config.dim))
-        self.roles = {"embedding_VD": Role(Kind.DENSE, config.init_std)}
+        learned = nn.Parameter(torch.empty(config.max_positions, config.dim)) if config.max_positions else None
+        self.register_parameter("positions_SD", learned)
+        self.roles = {name: Role(Kind.DENSE, config.init_std) for name in ("embedding_VD", "positions_SD")}
         self.blocks = nn.ModuleList(build_block(config, layer, exchange) for layer in range(config.layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = None if config.tie_embeddings else Linear(config.dim, vocab_size, config.init_std)
+        self.norm = build_norm(config.norm, config.dim, config.norm_eps)
+        tied = config.tie_embeddings
+        self.head = None if tied else Linear(config.dim, vocab_size, config.init_std, config.head_bias)
         self.mtp = nn.ModuleList(
             MTPModule(config, build_block(config, config.layers + k, exchange)) for k in range(config.mtp.depth)
         )
 
     @property
-    def moe_layers(self) -> dict[int, MoELayer]:
-        """The MoE layers by their depth, in the order of `ModelOutput.records`."""
+    def moe_layers(self) -> dict[int, ExpertLayer]:
+        """The layers with experts by their depth, in the order of `ModelOutput.records`."""
         blocks = [*self.blocks, *(module.block for module in self.mtp)]
-        found = ((depth, block.ffn) for depth, block in enumerate(blocks) if isinstance(block, Block))
-        return {depth: ffn for depth, ffn in found if isinstance(ffn, MoELayer)}
+        found = ((depth, expert_layer_of(block)) for depth, block in enumerate(blocks))
+        return {depth: layer for depth, layer in found if layer is not None}
 
     def forward(self, tokens_BS: Tensor, context: RoutingContext | None = None) -> ModelOutput:
         """Score the next token at each position.
@@ -78,9 +82,7 @@ class Transformer(nn.Module):
             context: of the same tokens: padding, place in the global batch, draws; None: a batch of its own, all valid.
         """
         context = context or RoutingContext.of(tokens_BS)
-        precise = torch.promote_types(self.dtype, torch.float32)
-        width = rotary_width(self.config)
-        rotary = rotary_table(tokens_BS.shape[1], width, self.config.attention, precise, tokens_BS.device)
+        rotary = self.rotations(tokens_BS)
         x_BSD = self.embed(tokens_BS)
         records = []
         for depth, block in enumerate(self.blocks):
@@ -97,8 +99,19 @@ class Transformer(nn.Module):
         )
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
-        """Return the tokens' vectors [B, S, D]."""
-        return F.embedding(tokens_BS, self.embedding_VD).to(self.dtype)
+        """Return the tokens' vectors [B, S, D], with those of their positions where these are learned."""
+        x_BSD = F.embedding(tokens_BS, self.embedding_VD)
+        if self.positions_SD is not None:
+            x_BSD = x_BSD + self.positions_SD[: tokens_BS.shape[1]]
+        return x_BSD.to(self.dtype)
+
+    def rotations(self, tokens_BS: Tensor) -> Rotary | None:
+        """Return the table of rotary positions; None where positions are learned."""
+        if self.positions_SD is not None:
+            return None
+        precise = torch.promote_types(self.dtype, torch.float32)
+        width = rotary_width(self.config)
+        return rotary_table(tokens_BS.shape[1], width, self.config.attention, precise, tokens_BS.device)
 
     def score(self, x_BSD: Tensor) -> Tensor:
         """Return the logits [B, S, V] of normed vectors."""
@@ -108,7 +121,7 @@ class Transformer(nn.Module):
         return logits_BSV
 
     def look_ahead(
-        self, x_BSD: Tensor, tokens_BS: Tensor, rotary: Rotary, context: RoutingContext
+        self, x_BSD: Tensor, tokens_BS: Tensor, rotary: Rotary | None, context: RoutingContext
     ) -> list[BlockOutput]:
         """Run the modules of multi-token prediction one after the other, from the model's normed output [B, S, D]."""
         outputs: list[BlockOutput] = []
@@ -117,6 +130,14 @@ class Transformer(nn.Module):
             place = context.ahead(k + 1).at_layer(self.config.layers + k)
             outputs.append(module(outputs[-1].x_BSD if outputs else x_BSD, embedded_BSD, rotary, place))
         return outputs
+
+
+def expert_layer_of(block: nn.Module) -> ExpertLayer | None:
+    """Return the layer with experts in a block, if there is one."""
+    if isinstance(block, CoupledBlocks):
+        return block.layer
+    assert isinstance(block, Block), "a transformer is made of blocks"
+    return block.ffn if isinstance(block.ffn, MoELayer | GraphLayer) else None
 
 
 @dataclass(frozen=True)
@@ -146,55 +167,3 @@ def build_model(
     formats = PRECISIONS[precision]
     with device:
         return Transformer(config, vocab_size, exchange, formats.activations).to(formats.weights)
-
-
-def is_moe_layer(config: FFNConfig, layer: int) -> bool:
-    """Whether layer number ``layer`` (from 0) is MoE: after the first dense ones, the last of each ``every``."""
-    return config.num_experts > 0 and layer >= config.first_dense and (layer + 1) % config.every == 0
-
-
-def build_block(config: ModelConfig, layer: int, exchange: Exchange) -> Block:
-    """Build one block by the layer pattern."""
-    # GPT-2: what writes into the residual stream starts smaller, by the root of the number of writers.
-    out_std = config.init_std / (2 * config.layers) ** 0.5
-    ffn: FeedForward | MoELayer
-    if is_moe_layer(config.ffn, layer):
-        ffn = build_moe(config, exchange, out_std)
-    else:
-        ffn = FeedForward(config.dim, config.ffn.hidden_dim, config.ffn.activation, config.init_std, out_std)
-    return Block(config, layer, ffn, out_std)
-
-
-def build_moe(config: ModelConfig, exchange: Exchange, out_std: float) -> MoELayer:
-    """Build the MoE layer that the configuration describes, with the experts that the exchange keeps here."""
-    ffn = config.ffn
-    return MoELayer(
-        router=build_router(ffn, config.dim, config.init_std),
-        capacity=Capacity(ffn.capacity, ffn.num_experts, ffn.top_k),
-        exchange=exchange,
-        experts=Experts(
-            config.dim,
-            ffn.expert_dim,
-            exchange.experts,
-            config.init_std,
-            out_std,
-            ffn.expert_activation or ffn.activation,
-            ffn.expert_bias,
-        ),
-        balance=Balance(ffn),
-        shared=build_shared(config, out_std),
-    )
-
-
-def build_shared(config: ModelConfig, out_std: float) -> SharedExperts | None:
-    """Build the network that every token visits in a MoE layer, if there is one."""
-    ffn = config.ffn
-    width = shared_width(ffn)
-    if width == 0:
-        return None
-    return SharedExperts(config.dim, width, ffn.activation, config.init_std, out_std, ffn.shared_gate)
-
-
-def shared_width(ffn: FFNConfig) -> int:
-    """Return the joint hidden width of the shared experts; 0: there are none."""
-    return ffn.num_shared_experts * (ffn.shared_dim or ffn.expert_dim)

@@ -24,6 +24,7 @@ P   ranks of an expert-parallel group
 === ==================================================================================
 """
 
-from moe_train.moe.layer import MoELayer, MoEOutput
+from moe_train.moe.layer import MoELayer
+from moe_train.moe.record import LayerOutput
 
-__all__ = ["MoELayer", "MoEOutput"]
+__all__ = ["LayerOutput", "MoELayer"]

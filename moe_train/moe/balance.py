@@ -6,8 +6,7 @@ micro-batches and only then forms the losses. The same sums make the figures of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -18,6 +17,7 @@ from moe_train.config.routing import AuxLossConfig, GroupLimitedRouterConfig, ZL
 from moe_train.moe.capacity import Plan
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.losses import BalanceLoss, RoutedTokens, ShareLoss, VariationLoss, ZLoss
+from moe_train.moe.record import LayerRecord
 from moe_train.moe.routing import Routing
 
 
@@ -58,14 +58,14 @@ class Balance:
         """Whether the gradient of a loss depends on statistics of the whole optimizer step."""
         return any(loss.needs_totals and loss.coef > 0.0 for loss in self.losses)
 
-    def share(self, record: RoutingRecord, totals: tuple[Tensor, ...]) -> Tensor:
+    def share(self, record: LayerRecord, totals: tuple[Tensor, ...]) -> Tensor:
         """Return a scalar whose gradient is this record's part of that of the weighted losses, times n.
 
         Args:
             record: one forward pass on this rank.
             totals: its statistics added up over the whole step; looked at only where a loss needs them.
         """
-        total = record.entropy_sum.new_zeros(())
+        total = record.statistics[0].new_zeros(())
         for loss, local, whole in zip(self.losses, record.statistics, totals, strict=True):
             if loss.coef == 0.0:
                 continue
@@ -104,30 +104,24 @@ def linearised(loss: BalanceLoss, local: Tensor, totals: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RoutingRecord:
-    """What one layer's router did with the valid tokens of one forward pass; padding counts nowhere.
-
-    Every field is a sum over tokens, so that records of ranks and micro-batches add up.
+class RoutingRecord(LayerRecord):
+    """What one layer's router did with the valid tokens of one forward pass.
 
     Attributes:
-        tokens: scalar int64, valid tokens.
         counts_E: [E] int64, assignments per expert, before any is dropped.
         dropped_capacity: scalar int64, assignments for which their expert had no room.
         dropped_device: scalar int64, assignments beyond a device's budget.
         dropped_router: scalar int64, choices that the router itself gave up.
         rerouted: scalar int64, assignments that went to another expert for want of room.
         entropy_sum: scalar fp64, summed entropy of the router's probabilities, in nats.
-        statistics: per loss of the layer's balance its fp64 vector; differentiable.
     """
 
-    tokens: Tensor
     counts_E: Tensor
     dropped_capacity: Tensor
     dropped_device: Tensor
     dropped_router: Tensor
     rerouted: Tensor
     entropy_sum: Tensor
-    statistics: tuple[Tensor, ...]
 
     @staticmethod
     def of(routing: Routing, plan: Plan, context: RoutingContext, balance: Balance) -> RoutingRecord:
@@ -150,22 +144,26 @@ class RoutingRecord:
             statistics=tuple(loss.measure(tokens) for loss in balance.losses),
         )
 
-    def tensors(self) -> list[Tensor]:
-        """Return all sums in a fixed order."""
-        sums = [getattr(self, field.name) for field in fields(self) if field.name != "statistics"]
-        return [*sums, *self.statistics]
+    def figures(self) -> dict[str, object]:
+        """Return what is written down of the layer.
 
-    @staticmethod
-    def from_tensors(tensors: Sequence[Tensor]) -> RoutingRecord:
-        """Return the record with these sums, in the order of `tensors`."""
-        names = [field.name for field in fields(RoutingRecord) if field.name != "statistics"]
-        sums = dict(zip(names, tensors[: len(names)], strict=True))
-        return RoutingRecord(**sums, statistics=tuple(tensors[len(names) :]))
-
-    def detached(self) -> RoutingRecord:
-        """Return the record without gradients."""
-        return RoutingRecord.from_tensors([tensor.detach() for tensor in self.tensors()])
-
-    def __add__(self, other: RoutingRecord) -> RoutingRecord:
-        """Return the record of both forward passes."""
-        return RoutingRecord.from_tensors([a + b for a, b in zip(self.tensors(), other.tensors(), strict=True)])
+        ``load``: share of assignments per expert, before drops. ``dropped_fraction``: share that no expert computed,
+        and by cause: no room at the expert, over a device's budget, given up by the router. ``rerouted_fraction``:
+        share that went to another expert for want of room. ``max_violation``: fullest expert over the mean, minus one
+        (arXiv 2408.15664, eq. 4). ``entropy``: of the router's probabilities, mean over tokens, in nats.
+        """
+        assignments = self.counts_E.sum().clamp(min=1)
+        load_E = self.counts_E / assignments
+        by_cause = [self.dropped_capacity, self.dropped_device, self.dropped_router]
+        capacity, device, router = ((dropped / assignments).item() for dropped in by_cause)
+        return {
+            "load": load_E.tolist(),
+            "dropped_fraction": capacity + device + router,
+            "dropped_capacity_fraction": capacity,
+            "dropped_device_fraction": device,
+            "dropped_router_fraction": router,
+            "rerouted_fraction": (self.rerouted / assignments).item(),
+            "max_violation": (load_E.max() * self.counts_E.numel() - 1).item(),
+            "entropy": (self.entropy_sum / self.tokens.clamp(min=1)).item(),
+            "dead_experts": int((self.counts_E == 0).sum()),
+        }

@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_train.dist.comm import all_to_all_rows, exchange_counts
 from moe_train.dist.mesh import Mesh
 from moe_train.moe.capacity import Plan
+from moe_train.moe.dense_exchange import AllGatherExchange, DenseExchange, LocalDenseExchange
 from moe_train.moe.queues import count
 from moe_train.ops.permute import RowMap, gather_rows, map_rows, sum_rows
 from moe_train.ops.slots import SlotMap, fill_slots, map_slots, sum_slots
@@ -65,6 +66,10 @@ class Exchange(Protocol):
     def experts(self) -> range:
         """Global indices of the experts that this rank holds."""
 
+    @property
+    def dense(self) -> DenseExchange:
+        """How all tokens reach all experts, which are held in the same places."""
+
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Arrived:
         """Send this rank's tokens [T, D] to the ranks of their experts."""
 
@@ -86,6 +91,11 @@ class LocalExchange:
     def experts(self) -> range:
         """Global indices of the experts that this rank holds: all."""
         return range(self.num_experts)
+
+    @property
+    def dense(self) -> DenseExchange:
+        """How all tokens reach all experts: they are there."""
+        return LocalDenseExchange(self.num_experts)
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Arrived:
         """Return the tokens as they are. Waits for the device only when assignments were dropped."""
@@ -119,6 +129,11 @@ class AllToAllExchange:
     def experts(self) -> range:
         """Global indices of the experts that this rank holds."""
         return range(self.group.rank() * self.held, (self.group.rank() + 1) * self.held)
+
+    @property
+    def dense(self) -> DenseExchange:
+        """How all tokens reach all experts."""
+        return AllGatherExchange(self.group, self.num_experts)
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Arrived:
         """Send each token once to every rank that holds one of its experts. Waits for the device once."""
@@ -180,6 +195,11 @@ class PaddedExchange:
     def experts(self) -> range:
         """Global indices of the experts that this rank holds."""
         return self.unpadded.experts
+
+    @property
+    def dense(self) -> DenseExchange:
+        """How all tokens reach all experts: that is as many everywhere, with nothing to pad."""
+        return self.unpadded.dense
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Arrived:
         """Send each expert's run of places [per_expert, D] to its rank. Does not wait for the device."""

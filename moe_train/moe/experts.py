@@ -1,4 +1,4 @@
-"""The experts of one rank: feed-forward networks computed together."""
+"""The experts of one rank: feed-forward networks computed together, for tokens that chose them or for all."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from moe_train.moe.roles import Kind, Role
 from moe_train.ops.activation import activate, inner_width
 from moe_train.ops.grouped_gemm import grouped_gemm
 from moe_train.ops.permute import gather_rows, map_rows, sum_rows
+from moe_train.ops.rotary import Rotary
 
 
-class Experts(nn.Module):
-    """down(activation(gate_up(x))) for each of the experts held here.
+class ExpertNetworks(nn.Module):
+    """The weights of down(activation(gate_up(x))) for each of the experts held here.
 
     Args:
         dim: width D of a token.
@@ -54,6 +55,10 @@ class Experts(nn.Module):
             "down_bias_LD": Role(Kind.EXPERT, 0.0, experts),
         }
 
+
+class Experts(ExpertNetworks):
+    """Experts to which only those tokens come that chose them."""
+
     def forward(self, arrived: Arrived) -> Tensor:
         """Return for each row the weighted sum [R, D] over its experts held here."""
         num_held = self.down_LFD.shape[0]
@@ -73,3 +78,18 @@ class Experts(nn.Module):
         y_AD = grouped_gemm(h_AF, self.down_LFD.to(dtype), counts_L)
         y_AD = torch.addcmul(y_AD, weights_A1, self.down_bias_LD.to(dtype).index_select(0, experts_A))
         return sum_rows(y_AD, row_map)
+
+
+class DenseExperts(ExpertNetworks):
+    """Experts to which every token comes."""
+
+    def forward(self, x_RSD: Tensor, rotary: Rotary | None = None) -> Tensor:
+        """Return what each expert makes of tokens [R, S, D]: [R, S, L, D]. Positions mean nothing here."""
+        x_ND = x_RSD.flatten(0, 1)
+        inner_LNF = torch.matmul(x_ND, self.gate_up_LDF2.to(x_ND.dtype))
+        if self.gate_up_bias_LF2 is not None:
+            inner_LNF = inner_LNF + self.gate_up_bias_LF2.to(x_ND.dtype).unsqueeze(1)
+        y_LND = torch.bmm(activate(inner_LNF, self.activation), self.down_LFD.to(x_ND.dtype))
+        if self.down_bias_LD is not None:
+            y_LND = y_LND + self.down_bias_LD.to(x_ND.dtype).unsqueeze(1)
+        return y_LND.transpose(0, 1).view(*x_RSD.shape[:2], -1, x_RSD.shape[-1])

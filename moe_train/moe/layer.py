@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -12,20 +10,8 @@ from moe_train.moe.capacity import Capacity
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.exchange import Exchange
 from moe_train.moe.experts import Experts
+from moe_train.moe.record import LayerOutput
 from moe_train.moe.routers import Router
-
-
-@dataclass(frozen=True)
-class MoEOutput:
-    """What a layer returns.
-
-    Attributes:
-        y_BSD: [B, S, D] sum over the kept experts of each token; zeros for a token that has none.
-        record: the router's sums, from which the step forms the balance losses and the metrics.
-    """
-
-    y_BSD: Tensor
-    record: RoutingRecord
 
 
 class MoELayer(nn.Module):
@@ -57,7 +43,7 @@ class MoELayer(nn.Module):
         self.balance = balance
         self.shared = shared
 
-    def forward(self, x_BSD: Tensor, context: RoutingContext | None = None) -> MoEOutput:
+    def forward(self, x_BSD: Tensor, context: RoutingContext | None = None) -> LayerOutput:
         """Apply the layer.
 
         Args:
@@ -74,4 +60,9 @@ class MoELayer(nn.Module):
         y_BSD = self.exchange.combine(sums_RD, arrived).view_as(x_BSD)
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD)
-        return MoEOutput(y_BSD, RoutingRecord.of(routing, plan, context, self.balance))
+        return LayerOutput(y_BSD, RoutingRecord.of(routing, plan, context, self.balance))
+
+    def figures(self) -> dict[str, object]:
+        """Return ``bias_range``: largest minus least bias of loss-free balancing, where there is one."""
+        bias_E = self.router.bias_E
+        return {} if bias_E is None else {"bias_range": (bias_E.max() - bias_E.min()).item()}

@@ -28,12 +28,16 @@ class Role:
         std: standard deviation of its normal initial values; None: all ones (the gains of norms).
         experts: for Kind.EXPERT, the global indices of the experts along dimension 0.
         truncated: values beyond two standard deviations are drawn again.
+        mean: of the initial values.
+        decays: whether a matrix is subject to weight decay; vectors never are.
     """
 
     kind: Kind
     std: float | None
     experts: range = range(0)
     truncated: bool = False
+    mean: float = 0.0
+    decays: bool = True
 
 
 def roles_of(model: nn.Module) -> dict[str, Role]:

@@ -96,13 +96,15 @@ def score_magnitude(yarn: YarnConfig | None) -> float:
     return 1.0 if yarn is None else magnitude(yarn.factor, yarn.mscale_all_dim) ** 2
 
 
-def rotate(x_BHSW: Tensor, rotary: Rotary) -> Tensor:
+def rotate(x_BHSW: Tensor, rotary: Rotary | None) -> Tensor:
     """Rotate the pairs (i, i + W/2) of each head by its position's angles (the half-split layout of Llama).
 
     Args:
         x_BHSW: [B, H, S, W] queries or keys; any dtype, computed in that of the table.
-        rotary: of S positions and width W.
+        rotary: of S positions and width W; None: positions enter elsewhere, nothing turns.
     """
+    if rotary is None:
+        return x_BHSW
     first, second = x_BHSW.to(rotary.cos_SW.dtype).chunk(2, dim=-1)
     cos_SW, sin_SW = rotary.cos_SW, rotary.sin_SW
     turned = torch.cat([first * cos_SW - second * sin_SW, second * cos_SW + first * sin_SW], dim=-1)

@@ -14,15 +14,15 @@ from moe_train.moe.roles import Kind, roles_of
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Return AdamW (arXiv 1711.05101) with one group per role and decay; every parameter is in exactly one.
 
-    Vectors (gains of norms, biases, sinks) are not decayed. A group's ``lr_ratio`` multiplies the learning rate of
-    each step.
+    Vectors (gains of norms, biases, sinks) are not decayed, nor are matrices whose role says so. A group's ``lr_ratio``
+    multiplies the learning rate of each step.
     """
     roles = roles_of(model)
     groups: dict[tuple[Kind, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        kind = roles[name].kind
-        dims = parameter.dim() - int(kind is Kind.EXPERT)  # of one expert's
-        groups.setdefault((kind, dims > 1), []).append(parameter)
+        role = roles[name]
+        dims = parameter.dim() - int(role.kind is Kind.EXPERT)  # of one expert's
+        groups.setdefault((role.kind, role.decays and dims > 1), []).append(parameter)
     return torch.optim.AdamW(
         [
             {

@@ -13,7 +13,9 @@ from moe_train.dist.comm import sum_over
 from moe_train.dist.mesh import Mesh
 from moe_train.dist.peers import Together
 from moe_train.models.transformer import ModelOutput, Transformer
+from moe_train.moe.balance import RoutingRecord
 from moe_train.moe.context import RoutingContext
+from moe_train.moe.layer import MoELayer
 from moe_train.ops.loss import IGNORE, cross_entropy_sum
 from moe_train.parallel.engine import Engine
 from moe_train.training.mtp import mtp_loss
@@ -155,13 +157,12 @@ def balance_loss_sum(model: Transformer, output: ModelOutput, totals: list[Stati
 def move_biases(model: Transformer, mesh: Mesh, tally: Tally) -> None:
     """Move the biases of loss-free balancing, once per optimizer step, by the load of all ranks and micro-batches."""
     biased = [
-        (layer, record.counts_E)
+        (layer.router.bias_E, layer.balance, record.counts_E)
         for layer, record in zip(model.moe_layers.values(), tally.records, strict=True)
-        if layer.router.bias_E is not None
+        if isinstance(layer, MoELayer) and layer.router.bias_E is not None and isinstance(record, RoutingRecord)
     ]
     if not biased:
         return
-    counts = sum_over(torch.stack([counts_E for _, counts_E in biased]), mesh.world)
-    for (layer, _), counts_E in zip(biased, counts, strict=True):
-        assert layer.router.bias_E is not None, "filtered above"
-        layer.router.bias_E += layer.balance.bias_change(counts_E).to(layer.router.bias_E.dtype)
+    counts = sum_over(torch.stack([counts_E for _, _, counts_E in biased]), mesh.world)
+    for (bias_E, balance, _), counts_E in zip(biased, counts, strict=True):
+        bias_E += balance.bias_change(counts_E).to(bias_E.dtype)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from moe_train.dist.comm import sum_over
 from moe_train.dist.mesh import Mesh
-from moe_train.moe.balance import RoutingRecord
-from moe_train.moe.layer import MoELayer
+from moe_train.moe.record import ExpertLayer, LayerRecord
 from moe_train.training.mtp import MTPLoss
 
 Statistics: TypeAlias = tuple[Tensor, ...]
@@ -33,12 +32,12 @@ class Tally:
         mtp_sums: [2] fp64, summed cross-entropy of multi-token prediction and its targets; None without modules.
     """
 
-    layers: dict[int, MoELayer]
+    layers: dict[int, ExpertLayer]
     loss_sum: Tensor | None = None
-    records: list[RoutingRecord] = field(default_factory=list)
+    records: list[LayerRecord] = field(default_factory=list)
     mtp_sums: Tensor | None = None
 
-    def add(self, loss_sum: Tensor, records: tuple[RoutingRecord, ...], mtp: MTPLoss | None = None) -> None:
+    def add(self, loss_sum: Tensor, records: tuple[LayerRecord, ...], mtp: MTPLoss | None = None) -> None:
         """Add one micro-batch."""
         loss_sum = loss_sum.detach().to(torch.float64)
         self.loss_sum = loss_sum if self.loss_sum is None else self.loss_sum + loss_sum
@@ -56,8 +55,7 @@ class Tally:
 
         Returns:
             ``loss``, ``mtp_loss`` of multi-token prediction (in nats per token that a module predicted), and the
-            balance losses by name (means over the MoE layers, unweighted); per MoE layer the figures of
-            `layer_figures`.
+            layers' losses by name (means over the layers with experts, unweighted); per layer its figures.
         """
         assert self.loss_sum is not None, "a step has at least one micro-batch"
         first = [self.loss_sum] if self.mtp_sums is None else [self.loss_sum, self.mtp_sums]
@@ -71,10 +69,10 @@ class Tally:
         losses: dict[str, list[float]] = {}
         for (depth, layer), local in zip(self.layers.items(), self.records, strict=True):
             size = len(local.tensors())
-            record, totals = RoutingRecord.from_tensors(totals[:size]), totals[size:]
+            record, totals = local.from_tensors(totals[:size]), totals[size:]
             for name, value in layer.balance.values(record.statistics).items():
                 losses.setdefault(name, []).append(value.item() / max(1.0, record.tokens.item()))
-            found = layer_figures(record, layer.router.bias_E)
+            found = record.figures() | layer.figures()
             figures |= {f"moe/layer_{depth:02d}/{key}": value for key, value in found.items()}
         return figures | {name: sum(values) / len(values) for name, values in losses.items()}
 
@@ -90,7 +88,7 @@ def unpack(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
-def total_statistics(records: Sequence[RoutingRecord], mesh: Mesh) -> list[Statistics]:
+def total_statistics(records: Sequence[LayerRecord], mesh: Mesh) -> list[Statistics]:
     """Return each MoE layer's statistics over all ranks: one collective for all layers and losses."""
     if not records:
         return []
@@ -98,33 +96,3 @@ def total_statistics(records: Sequence[RoutingRecord], mesh: Mesh) -> list[Stati
     totals = unpack(sum_over(pack(local), mesh.world), local)
     num_losses = len(records[0].statistics)
     return [tuple(totals[start : start + num_losses]) for start in range(0, len(totals), num_losses)]
-
-
-def layer_figures(record: RoutingRecord, bias_E: Tensor | None) -> dict[str, object]:
-    """Return what is recorded of one layer.
-
-    ``load``: share of assignments per expert, before drops. ``dropped_fraction``: share that no expert computed, and by
-    cause: no room at the expert, over a device's budget, given up by the router. ``rerouted_fraction``: share that went
-    to another expert for want of room. ``max_violation``: fullest expert over the mean, minus one (arXiv 2408.15664,
-    eq. 4). ``entropy``: of the router's probabilities, mean over tokens, in nats. ``bias_range``: largest minus least
-    bias of loss-free balancing, after the step.
-    """
-    counts_E = record.counts_E
-    assignments = counts_E.sum().clamp(min=1)
-    load_E = counts_E / assignments
-    by_cause = [record.dropped_capacity, record.dropped_device, record.dropped_router]
-    capacity, device, router = ((dropped / assignments).item() for dropped in by_cause)
-    figures: dict[str, object] = {
-        "load": load_E.tolist(),
-        "dropped_fraction": capacity + device + router,
-        "dropped_capacity_fraction": capacity,
-        "dropped_device_fraction": device,
-        "dropped_router_fraction": router,
-        "rerouted_fraction": (record.rerouted / assignments).item(),
-        "max_violation": (load_E.max() * counts_E.numel() - 1).item(),
-        "entropy": (record.entropy_sum / record.tokens.clamp(min=1)).item(),
-        "dead_experts": int((counts_E == 0).sum()),
-    }
-    if bias_E is not None:
-        figures["bias_range"] = (bias_E.max() - bias_E.min()).item()
-    return figures

@@ -14,8 +14,8 @@ from moe_train.config.compose import compose_config
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import TrainConfig
 from moe_train.interop.families import FAMILIES, expressed_by
+from moe_train.models.build import is_moe_layer
 from moe_train.models.counts import count
-from moe_train.models.transformer import is_moe_layer
 
 MIXTRAL = {
     "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,

@@ -25,7 +25,7 @@ from moe_train.interop.families.latent import Latent
 from moe_train.interop.families.pieces import whole
 from moe_train.interop.families.windows import read_window
 from moe_train.interop.parts import Part, Parts
-from moe_train.models.transformer import is_moe_layer
+from moe_train.models.build import is_moe_layer
 
 NOT_COVERED = "changes the computation in a way that is not covered"
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {

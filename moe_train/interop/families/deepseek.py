@@ -12,7 +12,7 @@ from moe_train.interop.families.decoder import Decoder
 from moe_train.interop.families.experts import ExpertNames, moe_parts
 from moe_train.interop.families.latent import Latent
 from moe_train.interop.parts import Part
-from moe_train.models.transformer import is_moe_layer, shared_width
+from moe_train.models.build import is_moe_layer, shared_width
 
 V2_LOSSES = {"aux": 0.003, "device": 0.05, "communication": 0.02}
 """Coefficients of DeepSeek-V2 (arXiv 2405.04434, 3.1.2)."""

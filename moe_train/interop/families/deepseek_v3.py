@@ -11,7 +11,7 @@ from moe_train.interop.families.base import Reading
 from moe_train.interop.families.deepseek import DeepSeek, moe_layers
 from moe_train.interop.families.pieces import whole
 from moe_train.interop.parts import Part, Parts
-from moe_train.models.transformer import is_moe_layer
+from moe_train.models.build import is_moe_layer
 
 AUX_COEF = 1e-4
 """Coefficient of the loss per sequence (arXiv 2412.19437, 4.2)."""

@@ -11,7 +11,7 @@ from moe_train.config.routing import FactorCapacityConfig, RouterConfig, TopKRou
 from moe_train.interop.families.base import Reading
 from moe_train.interop.families.pieces import stacked, whole
 from moe_train.interop.parts import Part
-from moe_train.models.transformer import is_moe_layer, shared_width
+from moe_train.models.build import is_moe_layer, shared_width
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from moe_train.interop.families.experts import (
 )
 from moe_train.interop.families.grouped import GroupedQuery
 from moe_train.interop.families.windows import FULL, SLIDING, public_types, read_window
-from moe_train.models.transformer import is_moe_layer, shared_width
+from moe_train.models.build import is_moe_layer, shared_width
 
 SIZES = {
     "vocab_size": 151936,

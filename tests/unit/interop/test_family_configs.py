@@ -17,7 +17,7 @@ from moe_train.config.model import FFNConfig, ModelConfig
 from moe_train.errors import DataError
 from moe_train.interop.families import FAMILIES, family_of
 from moe_train.models.attention import rotary_width
-from moe_train.models.transformer import is_moe_layer
+from moe_train.models.build import is_moe_layer
 from moe_train.ops.rotary import frequencies, rotary_magnitude, score_magnitude
 
 LATENT = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}

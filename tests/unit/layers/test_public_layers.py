@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe_train import DeepSeekMoE, ExpertRouter, MoELayer, SwitchFFN
 from moe_train.config.model import FFNConfig, ModelConfig
 from moe_train.errors import ConfigError
-from moe_train.models.transformer import build_moe
+from moe_train.models.build import build_moe
 from moe_train.moe.exchange import LocalExchange
 
 DIM = 8

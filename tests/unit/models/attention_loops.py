@@ -18,7 +18,7 @@ from moe_train.models.attention import (
     build_attention,
     rotary_width,
 )
-from moe_train.models.modules import RMSNorm
+from moe_train.moe.modules import RMSNorm
 from moe_train.ops.rotary import Rotary, frequencies, rotary_table
 
 BATCH, LENGTH, DIM, HEADS = 2, 6, 12, 4

@@ -8,8 +8,8 @@ from torch import Tensor
 from moe_train.config.model import ModelConfig
 from moe_train.models.attention import GroupedQueryAttention, LatentAttention, rotary_width
 from moe_train.models.blocks import MTPModule
+from moe_train.models.build import build_block, shared_width
 from moe_train.models.modules import FeedForward, SharedExperts
-from moe_train.models.transformer import build_block, shared_width
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.exchange import LocalExchange
 from moe_train.moe.layer import MoELayer

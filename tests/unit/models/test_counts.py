@@ -12,9 +12,10 @@ from moe_train.config.groups import options_of
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import TrainConfig
 from moe_train.models import attention
+from moe_train.models.build import is_moe_layer
 from moe_train.models.counts import count
 from moe_train.models.sizes import seen_positions
-from moe_train.models.transformer import Transformer, build_model, is_moe_layer
+from moe_train.models.transformer import Transformer, build_model
 from moe_train.moe.exchange import LocalExchange
 from moe_train.ops.attention import causal_attention_reference
 

@@ -5,7 +5,8 @@ import torch
 from model_samples import filled, random
 
 from moe_train.config.model import Activation
-from moe_train.models.modules import FeedForward, Linear, RMSNorm, SharedExperts
+from moe_train.models.modules import FeedForward, SharedExperts
+from moe_train.moe.modules import Linear, RMSNorm
 from moe_train.ops.activation import GATED, activate
 
 ACTIVATIONS: list[Activation] = ["swiglu", "geglu", "gelu", "relu", "swiglu_clamped"]

@@ -5,7 +5,8 @@ import torch
 from model_samples import BATCH, FEATURES, LENGTH, VARIANTS, VOCAB, build, config_of, random_tokens
 from torch.nn import functional as F
 
-from moe_train.models.transformer import PRECISIONS, build_model, is_moe_layer
+from moe_train.models.build import is_moe_layer
+from moe_train.models.transformer import PRECISIONS, build_model
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.exchange import LocalExchange
 from moe_train.moe.roles import Kind, roles_of

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_train.config.model import FFNConfig
 from moe_train.moe.balance import RoutingRecord
-from moe_train.moe.layer import MoELayer, MoEOutput
+from moe_train.moe.layer import MoELayer
+from moe_train.moe.record import LayerOutput
 
 BATCH, LENGTH = 3, 8
 LOSSES = {"aux": {"coef": 0.3}, "z_loss": {"coef": 0.1}, "importance_load": {"load_coef": 0.0}}
@@ -26,15 +27,15 @@ def complete(ffn: FFNConfig) -> FFNConfig:
     return FFNConfig.model_validate(ffn.model_dump() | {"balance": LOSSES, "capacity": capacity})
 
 
-def run(layer: MoELayer, x_BSD: Tensor, is_checkpointed: bool) -> MoEOutput:
+def run(layer: MoELayer, x_BSD: Tensor, is_checkpointed: bool) -> LayerOutput:
     context = context_of(BATCH, LENGTH, seed=3)
     if is_checkpointed:
-        output: MoEOutput = checkpoint(layer, x_BSD, context, use_reentrant=False)
+        output: LayerOutput = checkpoint(layer, x_BSD, context, use_reentrant=False)
         return output
     return layer(x_BSD, context)
 
 
-def learn(layer: MoELayer, output: MoEOutput) -> None:
+def learn(layer: MoELayer, output: LayerOutput) -> None:
     share = layer.balance.share(output.record, output.record.detached().statistics)
     (output.y_BSD.square().sum() + share).backward()
 

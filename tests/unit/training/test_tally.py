@@ -17,7 +17,7 @@ from moe_train.moe.balance import RoutingRecord
 from moe_train.moe.context import RoutingContext
 from moe_train.ops.loss import cross_entropy_sum
 from moe_train.training.mtp import mtp_loss
-from moe_train.training.tally import Tally, layer_figures, pack, total_statistics, unpack
+from moe_train.training.tally import Tally, pack, total_statistics, unpack
 
 
 def record(
@@ -89,7 +89,7 @@ def test_a_tally_keeps_no_graph_and_changes_no_record() -> None:
 
 
 def test_figures_of_a_layer() -> None:
-    figures = layer_figures(record([6, 2, 0, 0], capacity=2, rerouted=1), None)
+    figures = record([6, 2, 0, 0], capacity=2, rerouted=1).figures()
     assert figures["load"] == [0.75, 0.25, 0.0, 0.0]
     assert figures["dropped_fraction"] == 0.25
     assert figures["rerouted_fraction"] == 0.125
@@ -101,25 +101,20 @@ def test_figures_of_a_layer() -> None:
 def test_the_entropy_is_a_mean_over_the_tokens_of_its_own_layer() -> None:
     """A layer of multi-token prediction sees fewer than the others, and one of padding alone sees none."""
     summed = record([6, 2]).entropy_sum.item()
-    assert layer_figures(record([6, 2], tokens=4), None)["entropy"] == pytest.approx(summed / 4)
-    assert layer_figures(record([6, 2], tokens=1), None)["entropy"] == pytest.approx(summed)
+    assert record([6, 2], tokens=4).figures()["entropy"] == pytest.approx(summed / 4)
+    assert record([6, 2], tokens=1).figures()["entropy"] == pytest.approx(summed)
 
 
 def test_drops_are_told_apart_by_cause_and_add_up() -> None:
-    figures = layer_figures(record([8, 8], capacity=1, device=2, router=5), None)
+    figures = record([8, 8], capacity=1, device=2, router=5).figures()
     causes = {name: figures[f"dropped_{name}_fraction"] for name in ("capacity", "device", "router")}
     assert causes == {"capacity": 1 / 16, "device": 2 / 16, "router": 5 / 16}
     assert figures["dropped_fraction"] == sum(causes.values())
 
 
-def test_the_range_of_the_biases() -> None:
-    figures = layer_figures(record([1, 1]), torch.tensor([0.25, -0.5, 0.0]))
-    assert figures["bias_range"] == 0.75
-
-
 def test_trap_13_figures_of_a_layer_without_tokens_are_finite() -> None:
     """A step of padding alone."""
-    figures = layer_figures(record([0, 0], tokens=0), torch.zeros(2))
+    figures = record([0, 0], tokens=0).figures()
     assert figures.pop("load") == [0.0, 0.0]
     assert all(math.isfinite(value) for value in figures.values())
     assert figures["dropped_fraction"] == 0.0

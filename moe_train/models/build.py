@@ -1,0 +1,88 @@
+"""From the configuration of a model to its blocks: which layer is what, and what it is made of."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from moe_train.config.graph import GraphConfig
+from moe_train.config.model import FFNConfig, ModelConfig
+from moe_train.models.block_experts import BlockExperts
+from moe_train.models.blocks import Block, CoupledBlocks
+from moe_train.models.modules import FeedForward, SharedExperts
+from moe_train.moe.balance import Balance
+from moe_train.moe.capacity import Capacity
+from moe_train.moe.exchange import Exchange
+from moe_train.moe.experts import DenseExperts, ExpertNetworks, Experts
+from moe_train.moe.graph.coupling import Coupling
+from moe_train.moe.graph.layer import GraphLayer
+from moe_train.moe.layer import MoELayer
+from moe_train.moe.routers import build_router
+
+ExpertsKind = TypeVar("ExpertsKind", bound=ExpertNetworks)
+
+
+def is_moe_layer(config: FFNConfig, layer: int) -> bool:
+    """Whether layer number ``layer`` (from 0) is MoE: after the first dense ones, the last of each ``every``."""
+    return config.num_experts > 0 and layer >= config.first_dense and (layer + 1) % config.every == 0
+
+
+def build_block(config: ModelConfig, layer: int, exchange: Exchange) -> Block | CoupledBlocks:
+    """Build one block by the layer pattern."""
+    # GPT-2: what writes into the residual stream starts smaller, by the root of the number of writers.
+    out_std = config.init_std / (2 * config.layers) ** 0.5
+    ffn = config.ffn
+    if not is_moe_layer(ffn, layer):
+        network = FeedForward(config.dim, ffn.hidden_dim, ffn.activation, config.init_std, out_std)
+        return Block(config, layer, network, out_std)
+    if ffn.graph is None:
+        return Block(config, layer, build_moe(config, exchange, out_std), out_std)
+    if ffn.graph.expert == "ffn":
+        experts = build_experts(DenseExperts, config, exchange.experts, out_std)
+        return Block(config, layer, build_graph(config, ffn.graph, exchange, experts, out_std), out_std)
+    activation = ffn.expert_activation or ffn.activation
+    network = FeedForward(config.dim, ffn.expert_dim, activation, config.init_std, out_std, ffn.expert_bias)
+    blocks = BlockExperts(Block(config, layer, network, out_std), exchange.experts)
+    return CoupledBlocks(build_graph(config, ffn.graph, exchange, blocks, out_std))
+
+
+def build_graph(
+    config: ModelConfig, graph: GraphConfig, exchange: Exchange, experts: nn.Module, out_std: float
+) -> GraphLayer:
+    """Build a dense graph-coupled layer around the experts held here."""
+    return GraphLayer(graph, exchange.dense, experts, Coupling(config, config.ffn, out_std))
+
+
+def build_moe(config: ModelConfig, exchange: Exchange, out_std: float) -> MoELayer:
+    """Build the MoE layer that the configuration describes, with the experts that the exchange keeps here."""
+    ffn = config.ffn
+    return MoELayer(
+        router=build_router(ffn, config.dim, config.init_std),
+        capacity=Capacity(ffn.capacity, ffn.num_experts, ffn.top_k),
+        exchange=exchange,
+        experts=build_experts(Experts, config, exchange.experts, out_std),
+        balance=Balance(ffn),
+        shared=build_shared(config, out_std),
+    )
+
+
+def build_experts(kind: type[ExpertsKind], config: ModelConfig, experts: range, out_std: float) -> ExpertsKind:
+    """Build the experts held here, be they chosen by tokens or not."""
+    ffn = config.ffn
+    activation = ffn.expert_activation or ffn.activation
+    return kind(config.dim, ffn.expert_dim, experts, config.init_std, out_std, activation, ffn.expert_bias)
+
+
+def build_shared(config: ModelConfig, out_std: float) -> SharedExperts | None:
+    """Build the network that every token visits in a MoE layer, if there is one."""
+    ffn = config.ffn
+    width = shared_width(ffn)
+    if width == 0:
+        return None
+    return SharedExperts(config.dim, width, ffn.activation, config.init_std, out_std, ffn.shared_gate)
+
+
+def shared_width(ffn: FFNConfig) -> int:
+    """Return the joint hidden width of the shared experts; 0: there are none."""
+    return ffn.num_shared_experts * (ffn.shared_dim or ffn.expert_dim)
