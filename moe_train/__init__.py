@@ -1,6 +1,7 @@
 """moe_train: train Mixture-of-Experts language models with their experts sharded over ranks.
 
-Its layers stand on their own too: ``from moe_train import MoELayer, ExpertRouter, SwitchFFN, DeepSeekMoE``.
+Its layers stand on their own too: ``from moe_train import MoELayer, ExpertRouter, SwitchFFN, DeepSeekMoE``, and
+``GraphCoupledMoE, ExpertGraphConv``.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moe_train.layers import DeepSeekMoE, ExpertRouter, MoELayer, SwitchFFN
+    from moe_train.layers import DeepSeekMoE, ExpertGraphConv, ExpertRouter, GraphCoupledMoE, MoELayer, SwitchFFN
 
 __version__ = "0.1.0"
-__all__ = ["DeepSeekMoE", "ExpertRouter", "MoELayer", "SwitchFFN"]
+__all__ = ["DeepSeekMoE", "ExpertGraphConv", "ExpertRouter", "GraphCoupledMoE", "MoELayer", "SwitchFFN"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,5 +1,6 @@
-"""The cases of the layout contract: every router, balance loss and capacity rule, each with several of the others; and
-every kind of attention, of feed-forward network and of prediction ahead, as published models combine them."""
+"""The cases of the layout contract: every router, balance loss and capacity rule, each with several of the others;
+every kind of attention, of feed-forward network and of prediction ahead, as published models combine them; and experts
+that a graph couples."""
 
 from layouts import Case
 
@@ -36,6 +37,14 @@ def ffn(*keys: str) -> tuple[str, ...]:
 
 def ahead(depth: int, *keys: str) -> tuple[str, ...]:
     return (f"model.mtp.depth={depth}", *(f"model.mtp.{key}" for key in keys))
+
+
+PRESETS = {"ffn": "graph_tiny", "block": "graph_block_tiny"}
+
+
+def graph(expert: str, *keys: str) -> tuple[str, ...]:
+    """The presets set nothing that has no meaning where nothing is routed."""
+    return (f"model={PRESETS[expert]}", *(f"model.ffn.graph.{key}" for key in keys))
 
 
 MLA = attention("kind=mla", "kv_rank=5", "nope_dim=4", "rope_dim=8", "v_dim=3", "rope_theta=100.0")
@@ -195,4 +204,33 @@ ARCHITECTURES = [
          (*ffn("num_experts=0", "activation=gelu"), *ahead(2, "coef=0.5"), "model.layers=1"), padding="whole ranks"),
 ]  # fmt: skip
 
-CASES = [*PLAIN, *NO_LOSS, *MIXED, *ARCHITECTURES, *DEPENDS_ON_LAYOUT]
+ONE = ("model.layers=1",)
+GRAPH = [
+    Case("graph of networks as by default", (*ONE, *graph("ffn"))),
+    Case("graph of blocks as the original: LayerNorm, biases, learned positions, own head",
+         (*ONE, *graph("block", "combiner=gelu_norm"), *ffn("activation=gelu", "expert_bias=true"),
+          *attention("qkv_bias=true", "out_bias=true", "kv_heads=null"), "model.norm=layer",
+          "model.positions=learned", "model.max_positions=7", "model.tie_embeddings=false", "model.head_bias=true"),
+         padding="uneven"),
+    Case("graph of networks in chunks, recomputed, orthogonal, two of three sources, softmax, attention pooling",
+         (*ONE, *graph("ffn", "chunk_tokens=13", "recompute=true", "orthogonality=0.7", "adjacency=softmax",
+                       "similarity=cosine", "max_neighbors=2", "pooling=attention", "layers=1")),
+         padding="whole ranks"),
+    Case("graph of blocks by chunks, recomputed, orthogonal, self edges, degree, one module ahead",
+         (*ONE, *graph("block", "chunk_tokens=14", "recompute=true", "orthogonality=0.7", "self_edges=true",
+                       "similarity=cosine", "normalize=degree", "layers=1"), *ahead(1, "coef=0.6")),
+         padding="uneven"),
+    Case("graph of networks without logits, dot, count, weighted pooling, linear combiner, every other layer",
+         (*graph("ffn", "adjacency=none", "similarity=dot", "normalize=count", "pooling=weighted", "combiner=linear",
+                 "layers=1"), *ffn("every=2", "expert_bias=true", "expert_activation=relu"), "model.norm=layer")),
+    Case("graph of networks with one source each, self edges, learned positions, one module ahead",
+         (*ONE, *graph("ffn", "max_neighbors=1", "self_edges=true", "orthogonality=0.3", "adjacency_mean=-1.0",
+                       "layers=1"), *ahead(1), "model.positions=learned", "model.max_positions=6"),
+         padding="uneven"),
+    Case("graph of networks without messages", (*ONE, *graph("ffn", "max_neighbors=0", "layers=1"))),
+    Case("graph of latent-attention blocks, only pooled", (*ONE, *MLA, *YARN, *graph("block", "layers=0"))),
+]  # fmt: skip
+ON_ALL_LAYOUTS = [*PLAIN, *GRAPH[:2]]
+"""The others are run on a few of them."""
+
+CASES = [*PLAIN, *NO_LOSS, *MIXED, *ARCHITECTURES, *DEPENDS_ON_LAYOUT, *GRAPH]

@@ -18,6 +18,7 @@ from moe_train.dist.mesh import Mesh
 from moe_train.models.initialise import initialise
 from moe_train.models.transformer import Transformer, build_model
 from moe_train.moe.exchange import LocalExchange, exchange_for
+from moe_train.moe.layer import MoELayer
 from moe_train.moe.roles import Kind, roles_of
 from moe_train.parallel.engine import TorchEngine
 from moe_train.training.optim import build_optimizer
@@ -67,7 +68,9 @@ class Case:
         """Travels with the case to the ranks, which need not compose it again."""
         full = [f"model.ffn.{key}" if key.startswith(SECTIONS) else key for key in self.overrides]
         heads = [] if "model.attention.kind=mla" in full else ["model.attention.kv_heads=1"]
-        return compose_config("train", TrainConfig, lambda config: [], [*SMALL, *heads, *full])
+        has_graph = any(key.startswith("model=graph_") for key in full)
+        small = [key for key in SMALL if not (has_graph and key.startswith("model.ffn.balance."))]  # nothing is routed
+        return compose_config("train", TrainConfig, lambda config: [], [*small, *heads, *full])
 
     def split(self, world_size: int, accumulation: int) -> Split:
         """What the truth has to know of a layout: nothing, but for rules that count over a pass or over a rank."""
@@ -110,7 +113,7 @@ class Case:
                 values = torch.empty(*whole, *parameter.shape[1:]).normal_(0.0, 0.3, generator=generator)
                 parameter.data.copy_(values[list(role.experts)] if role.kind is Kind.EXPERT else values)
         for layer in model.moe_layers.values():
-            for bias_E in layer.router.buffers():
+            for bias_E in layer.router.buffers() if isinstance(layer, MoELayer) else ():
                 bias_E.copy_(self.start_bias * torch.empty(bias_E.shape).normal_(generator=generator))
         return model
 

@@ -2,8 +2,8 @@
 
 It shares only parameter values and the configuration with the product: no attention, rotary table, activation, layer
 pattern, router, random number, capacity plan, exchange, permutation, grouped product, balance sum, gradient buffer,
-schedule, fused optimizer or loss of its own. Its parts are `oracle_model`, `oracle_attention`, `oracle_tokens`,
-`oracle_routers`, `oracle_capacity` and `oracle_balance`.
+schedule, fused optimizer or loss of its own. Its parts are `oracle_model`, `oracle_networks`, `oracle_attention`,
+`oracle_graph`, `oracle_tokens`, `oracle_routers`, `oracle_capacity` and `oracle_balance`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from moe_train.models.transformer import Transformer
 
 __all__ = ["BOUNDARY", "IGNORE", "Split", "Truth", "train"]
 WHOLE = Split()
-VECTORS = re.compile(r"norm\.weight$|\.bias$|_bias_|sinks_H$")
-"""Names of parameters that do not decay: gains of norms, biases of every kind, sinks."""
+VECTORS = re.compile(r"norm\.weight$|\.bias$|_bias_|sinks_H$|logits_E$|query_D$|adjacency\.logits_EE$")
+"""Names of parameters that do not decay: gains of norms, biases of every kind, sinks, weights and queries of a pooling;
+and logits of edges, whose natural rest is no edge, not half of one."""
 
 
 @dataclass
@@ -67,7 +68,7 @@ def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, later: int) -> tuple[Te
 
 
 def objective(config: TrainConfig, w: dict[str, Tensor], biases: dict[str, list[float]], batch: Batch, done: float):
-    """The whole objective after a share ``done`` of the training, the figures of the step, and the MoE layers."""
+    """The whole objective after a share ``done`` of the training, the figures of the step, and the expert layers."""
     ffn, mtp = config.model.ffn, config.model.mtp
     (logits_BSV, *ahead), layers = forward(config.model, w, biases, batch)
     loss, number = cross_entropy(logits_BSV, batch.labels_BS, 0)
@@ -79,11 +80,11 @@ def objective(config: TrainConfig, w: dict[str, Tensor], biases: dict[str, list[
         figures["mtp_loss"] = sum(value.item() for value, _ in sums) / sum(targets for _, targets in sums)
         total = total + module_weight * sum(value for value, _ in sums) / number
     for depth, layer in layers.items():
-        for name, (coefficient, value) in balance.losses(ffn, layer.tokens, layer.decisions).items():
+        for name, (coefficient, value) in layer.losses(ffn).items():
             weight = coefficient if depth < config.model.layers else coefficient * module_weight
-            total = total + weight * value * len(layer.tokens) / number  # those of a module are fewer
+            total = total + weight * value * layer.num_tokens / number  # those of a module are fewer
             figures[name] = figures.get(name, 0.0) + value.item() / len(layers)
-        for name, value in balance.layer_figures(ffn.num_experts, layer.decisions, layer.placed).items():
+        for name, value in layer.figures(ffn).items():
             figures[f"moe/layer_{depth:02d}/{name}"] = value
     return total, figures, layers
 
@@ -140,6 +141,9 @@ def train(
         truth.gradients = {n: g * scale for n, g in gradients.items()}
         optimizer.step(w, truth.gradients, rate)
         move_biases(config, biases, layers, figures, done)
+        for depth, layer in layers.items():
+            moved = layer.figures_after_step(config.model.ffn, w)
+            figures |= {f"moe/layer_{depth:02d}/{key}": value for key, value in moved.items()}
         truth.figures.append(figures)
         truth.norms.append(size)
     truth.weights = {n: p.detach() for n, p in w.items()}

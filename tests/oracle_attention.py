@@ -90,11 +90,15 @@ def grouped_query(model, w: dict[str, Tensor], layer: int, x_BSD: Tensor) -> Ten
         heads = heads_of(x_BN, num)
         return [norm(x, w[name], model.norm_eps) for x in heads] if config.qk_norm == "head" else heads
 
+    def placed(x_BW: Tensor, position: int) -> Tensor:
+        """Learned positions are in the tokens already."""
+        return turn(x_BW, position, config) if model.positions == "rotary" else x_BW
+
     queries, keys, values = [], [], []
     for s, x_BD in enumerate(x_BSD.unbind(1)):
         q_BN, k_BN, v_BN = linear(x_BD, w, "qkv").split([model.heads * width, groups * width, groups * width], dim=1)
-        queries.append([turn(q, s, config) for q in normed(q_BN, model.heads, "q_norm.weight")])
-        keys.append([turn(k, s, config) for k in normed(k_BN, groups, "k_norm.weight")])
+        queries.append([placed(q, s) for q in normed(q_BN, model.heads, "q_norm.weight")])
+        keys.append([placed(k, s) for k in normed(k_BN, groups, "k_norm.weight")])
         values.append(heads_of(v_BN, groups))
     out = []
     for s in range(len(queries)):

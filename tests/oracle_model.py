@@ -1,13 +1,15 @@
-"""The whole model on the whole global batch: blocks, feed-forward networks, experts token by token, modules ahead."""
+"""The whole model on the whole global batch: blocks, experts token by token, modules ahead."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+import oracle_balance as balance
 import torch
-from oracle_attention import attention, linear, norm
+from oracle_attention import attention, linear
 from oracle_capacity import Placed, place_assignments
+from oracle_graph import GraphLayer, graph
+from oracle_networks import network, normed, own
 from oracle_routers import Decision, Router, route, sigmoid
 from oracle_tokens import Token, derived
 from torch import Tensor
@@ -42,6 +44,10 @@ class Batch:
     def is_valid(self, sequence: int, position: int) -> bool:
         return self.labels_BS[sequence, position].item() != IGNORE
 
+    def valid(self, later: int) -> Tensor:
+        """By sequence and position of a module that sees ``later`` tokens further."""
+        return self.labels_BS[:, later:] != IGNORE
+
     def token(self, x_D: Tensor, sequence: int, position: int, depth: int, later: int) -> Token:
         """A place in a layer; a module of multi-token prediction has there the token that comes ``later``."""
         size, length = self.ids_BS.shape
@@ -61,33 +67,19 @@ class Layer:
     decisions: list[Decision]
     placed: Placed
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
 
-def own(w: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The parameters of a part of the model, by their names in it."""
-    return {key.removeprefix(f"{name}."): value for key, value in w.items() if key.startswith(f"{name}.")}
+    def losses(self, ffn) -> dict[str, tuple[float, Tensor]]:
+        """Weight and value."""
+        return balance.losses(ffn, self.tokens, self.decisions)
 
+    def figures(self, ffn) -> dict[str, object]:
+        return balance.layer_figures(ffn.num_experts, self.decisions, self.placed)
 
-def bell(x: Tensor) -> Tensor:
-    """x·Φ(x)."""
-    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
-
-
-def network(kind: str, x: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | float = 0.0) -> Tensor:
-    """Weights as [in, out]; of a gated kind the first half of the first one's columns is the gate."""
-    h = x @ up + up_bias
-    if kind == "relu":
-        return (h * (h > 0)) @ down
-    if kind == "gelu":
-        return bell(h) @ down
-    gate, up = h.chunk(2, dim=-1)
-    if kind == "swiglu":
-        return (gate * sigmoid(gate) * up) @ down
-    if kind == "geglu":
-        return (bell(gate) * up) @ down
-    assert kind == "swiglu_clamped"
-    gate = torch.where(gate > 7, 7.0, gate)
-    up = torch.where(up > 7, 7.0, torch.where(up < -7, -7.0, up))
-    return (gate * sigmoid(1.702 * gate) * (up + 1)) @ down
+    def figures_after_step(self, ffn, w: dict[str, Tensor]) -> dict[str, object]:
+        return {}
 
 
 def shared_experts(ffn, w: dict[str, Tensor], x_BSD: Tensor) -> Tensor:
@@ -119,38 +111,84 @@ def moe(ffn, w: dict[str, Tensor], name: str, bias: list[float] | None, x_BSD: T
 BIASES = ("gate_up_bias_LF2", "down_bias_LD")
 
 
+def experts_of(w: dict[str, Tensor], num: int) -> list[dict[str, Tensor]]:
+    """The parameters of each expert: their first dimension counts the experts."""
+    return [{key: value[e] for key, value in own(w, "experts").items()} for e in range(num)]
+
+
+def dense_network(kind: str, w: dict[str, Tensor], x_BSD: Tensor) -> Tensor:
+    """Of linear maps, with biases if they have some."""
+    up_bias, down_bias = (w.get(f"{name}.bias", 0.0) for name in ("gate_up", "down"))
+    return network(kind, x_BSD, w["gate_up.weight"].t(), w["down.weight"].t(), up_bias) + down_bias
+
+
+def dense_block(model, kind: str, w: dict[str, Tensor], depth: int, x_BSD: Tensor) -> Tensor:
+    """A block without experts in it."""
+    x_BSD = x_BSD + attention(model, own(w, "attention"), depth, normed(model, w, "attention_norm", x_BSD))
+    return x_BSD + dense_network(kind, own(w, "ffn"), normed(model, w, "ffn_norm", x_BSD))
+
+
+def coupled_blocks(model, w: dict[str, Tensor], name: str, x_BSD: Tensor, batch: Batch, depth: int, later: int):
+    """The blocks that stand in one's place, and what happened between them."""
+    layer_w, ffn = own(w, f"{name}.layer"), model.ffn
+    kind = ffn.expert_activation or ffn.activation
+    experts = experts_of(layer_w, ffn.num_experts)
+    outputs = [dense_block(model, kind, own(expert, "block"), depth, x_BSD) for expert in experts]
+    y_BSD, layer = graph(model, layer_w, f"{name}.layer", x_BSD, outputs, batch.valid(later))
+    return x_BSD + y_BSD, layer
+
+
+def coupled_networks(model, w: dict[str, Tensor], name: str, x_BSD: Tensor, batch: Batch, later: int):
+    """The networks that stand in one's place, and what happened between them."""
+    ffn, outputs = model.ffn, []
+    for expert in experts_of(w, ffn.num_experts):
+        up_bias, down_bias = (expert[key] if ffn.expert_bias else 0.0 for key in BIASES)
+        kind, weights = ffn.expert_activation or ffn.activation, (expert["gate_up_LDF2"], expert["down_LFD"])
+        outputs.append(network(kind, x_BSD, *weights, up_bias) + down_bias)
+    return graph(model, w, name, x_BSD, outputs, batch.valid(later))
+
+
 def block(model, w: dict[str, Tensor], name: str, biases, x_BSD: Tensor, batch: Batch, depth: int, later: int = 0):
-    """One block, and what happened in it if it is MoE."""
+    """One block, and what happened in it if it has experts."""
     ffn, own_w = model.ffn, own(w, name)
-    normed_BSD = norm(x_BSD, own_w["attention_norm.weight"], model.norm_eps)
-    x_BSD = x_BSD + attention(model, own(own_w, "attention"), depth, normed_BSD)
-    normed_BSD = norm(x_BSD, own_w["ffn_norm.weight"], model.norm_eps)
-    if ffn.num_experts > 0 and depth >= ffn.first_dense and depth % ffn.every == ffn.every - 1:
+    if not (ffn.num_experts > 0 and depth >= ffn.first_dense and depth % ffn.every == ffn.every - 1):
+        return dense_block(model, ffn.activation, own_w, depth, x_BSD), None
+    if ffn.graph is not None and ffn.graph.expert == "block":
+        return coupled_blocks(model, w, name, x_BSD, batch, depth, later)
+    x_BSD = x_BSD + attention(model, own(own_w, "attention"), depth, normed(model, own_w, "attention_norm", x_BSD))
+    normed_BSD, ffn_w = normed(model, own_w, "ffn_norm", x_BSD), own(own_w, "ffn")
+    if ffn.graph is not None:
+        y_BSD, layer = coupled_networks(model, ffn_w, f"{name}.ffn", normed_BSD, batch, later)
+    else:
         bias = biases.get(f"{name}.ffn.router.bias_E")
-        y_BSD, layer = moe(ffn, own(own_w, "ffn"), f"{name}.ffn", bias, normed_BSD, batch, depth, later)
-        return x_BSD + y_BSD, layer
-    up, down = own_w["ffn.gate_up.weight"].t(), own_w["ffn.down.weight"].t()
-    return x_BSD + network(ffn.activation, normed_BSD, up, down), None
+        y_BSD, layer = moe(ffn, ffn_w, f"{name}.ffn", bias, normed_BSD, batch, depth, later)
+    return x_BSD + y_BSD, layer
+
+
+def embedded(w: dict[str, Tensor], ids_BS: Tensor) -> Tensor:
+    """Each token's vector, with that of its place if places have vectors."""
+    x_BSD = w["embedding_VD"][ids_BS]
+    return x_BSD + torch.stack([w["positions_SD"][s] for s in range(ids_BS.shape[1])]) if "positions_SD" in w else x_BSD
 
 
 def forward(model, w: dict[str, Tensor], biases: dict[str, list[float]], batch: Batch):
     """Logits of the whole batch, first the model's, then those of each module, which ends where the text does; and the
-    MoE layers by depth."""
+    layers with experts by depth."""
     head = w.get("head.weight", w["embedding_VD"]).t()
-    embedded_BSD = w["embedding_VD"][batch.ids_BS]
-    found: dict[int, Layer | None] = {}
-    x_BSD = embedded_BSD
+    head_bias = w.get("head.bias", 0.0)
+    found: dict[int, Layer | GraphLayer | None] = {}
+    x_BSD = embedded(w, batch.ids_BS)
     for depth in range(model.layers):
         x_BSD, found[depth] = block(model, w, f"blocks.{depth}", biases, x_BSD, batch, depth)
-    x_BSD = norm(x_BSD, w["norm.weight"], model.norm_eps)
-    logits = [x_BSD @ head]
+    x_BSD = normed(model, w, "norm", x_BSD)
+    logits = [x_BSD @ head + head_bias]
     for k in range(model.mtp.depth):
         later, depth = k + 1, model.layers + k
         module = own(w, f"mtp.{k}")
-        seen_BSD = norm(embedded_BSD[:, later:], module["embedding_norm.weight"], model.norm_eps)
-        x_BSD = norm(x_BSD[:, :-1], module["hidden_norm.weight"], model.norm_eps)
+        seen_BSD = normed(model, module, "embedding_norm", embedded(w, batch.ids_BS[:, later:]))
+        x_BSD = normed(model, module, "hidden_norm", x_BSD[:, :-1])
         x_BSD = linear(torch.cat([seen_BSD, x_BSD], dim=2), module, "project")
         x_BSD, found[depth] = block(model, w, f"mtp.{k}.block", biases, x_BSD, batch, depth, later)
-        x_BSD = norm(x_BSD, module["norm.weight"], model.norm_eps)
-        logits.append(x_BSD @ head)
+        x_BSD = normed(model, module, "norm", x_BSD)
+        logits.append(x_BSD @ head + head_bias)
     return logits, {depth: layer for depth, layer in found.items() if layer is not None}

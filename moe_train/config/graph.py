@@ -32,6 +32,8 @@ class GraphConfig(Strict):
     normalize: Literal["none", "count", "degree"] = "none"
     """What A_ij is divided by: nothing (messages grow with the number of experts), the number of i's sources, or
     Σ_j A_ij over them."""
+    prenorm: bool = False
+    """Whether a graph layer reads h / rms(h) instead of h, whose size the experts would have to learn first."""
     similarity: Literal["gate", "cosine", "dot"] = "gate"
     """a_ij: sigmoid(u·h_i + v·h_j + c), the cosine of h_i and h_j, or sigmoid(h_i·h_j / sqrt(D))."""
     max_neighbors: NonNegativeInt | None = None

@@ -17,6 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group  # type: ignore[attr-defined]
 
+# Torch 2.13 renamed both and warns of the old names; older versions know no others.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass
 class Meter:
@@ -117,7 +121,7 @@ def gather_rows_of_all(x_ND: Tensor, num_ranks: int, group_name: str) -> Tensor:
     """
     out = x_ND.new_empty((num_ranks * len(x_ND), *x_ND.shape[1:]))
     with METER.exchange(x_ND.device, num_ranks * num_bytes(x_ND)):
-        dist.all_gather_into_tensor(out, x_ND.contiguous(), group=_resolve_process_group(GroupName(group_name)))
+        _all_gather(out, x_ND.contiguous(), group=_resolve_process_group(GroupName(group_name)))
     return out
 
 
@@ -140,7 +144,7 @@ def sum_rows_of_all(x_ND: Tensor, num_ranks: int, group_name: str) -> Tensor:
     """
     out = x_ND.new_empty((len(x_ND) // num_ranks, *x_ND.shape[1:]))
     with METER.exchange(x_ND.device, num_bytes(x_ND)):
-        dist.reduce_scatter_tensor(out, x_ND.contiguous(), group=_resolve_process_group(GroupName(group_name)))
+        _reduce_scatter(out, x_ND.contiguous(), group=_resolve_process_group(GroupName(group_name)))
     return out
 
 

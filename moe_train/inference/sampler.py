@@ -30,6 +30,8 @@ def generate(model: Transformer, prompt_S: list[int], config: SampleConfig, boun
     was_training = model.training
     model.eval()
     text_S = list(prompt_S)
+    if model.config.max_positions is not None:
+        context = min(context, model.config.max_positions)  # beyond them a model with learned positions has none
     ended_at: int | None = None
     for _ in range(config.max_tokens):
         tokens_BS = torch.tensor([text_S[-context:]], device=model.embedding_VD.device)

@@ -59,6 +59,9 @@ def architecture(model: ModelConfig) -> str:
     words = f"{model.layers} layers of width {model.dim}, {model.heads} heads ({model.attention.kind})"
     if ffn.num_experts == 0:
         return f"{words}, dense"
+    if ffn.graph is not None:
+        kind = "whole blocks" if ffn.graph.expert == "block" else "feed-forward networks"
+        return f"{words}, {ffn.num_experts} experts ({kind}) that all see every token, {ffn.graph.layers} graph layers"
     shared = f" and {ffn.num_shared_experts} shared" if ffn.num_shared_experts else ""
     return f"{words}, {ffn.num_experts} experts of which {ffn.top_k}{shared} per token ({ffn.router.kind})"
 

@@ -45,6 +45,11 @@ FREE = (
     "ffn.capacity",
     "ffn.router.jitter",
     "ffn.router.expert_dropout",
+    "ffn.graph.adjacency_mean",
+    "ffn.graph.adjacency_std",
+    "ffn.graph.orthogonality",
+    "ffn.graph.chunk_tokens",
+    "ffn.graph.recompute",
 )
 """Keys of the model that matter in training only: they may differ from the folder's."""
 
@@ -139,9 +144,9 @@ def plan_upcycling(config: ModelConfig, theirs: ModelConfig, vocab_size: int, fa
         ConfigError: it cannot, or not so that the first forward pass is the dense model's.
     """
     hidden_dim = theirs.ffn.hidden_dim
-    twin = dense_twin(config, hidden_dim)
-    require_same(twin, vocab_size, theirs.model_dump(), family)
-    refusals = upcycle_refusals(config, hidden_dim)
+    twin, refusals = dense_twin(config, hidden_dim), upcycle_refusals(config, hidden_dim)
+    if config.ffn.graph is None:  # else it is no difference between keys that stands in the way
+        require_same(twin, vocab_size, theirs.model_dump(), family)
     if refusals:
         remedy = "change it, or start from a model with experts"
         raise ConfigError([Problem("model.init_from", config.init_from, reason, remedy) for reason in refusals])

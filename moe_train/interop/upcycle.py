@@ -65,6 +65,8 @@ def dense_twin(model: ModelConfig, hidden_dim: int) -> ModelConfig:
 
 def upcycle_refusals(model: ModelConfig, hidden_dim: int) -> list[str]:
     """Return why the first forward pass of a MoE model could not equal that of a dense one of width ``hidden_dim``."""
+    if model.ffn.graph is not None:
+        return ["experts that are coupled by a graph change what each of them computed: no copies give the dense model"]
     return [*width_refusals(model, hidden_dim), *weight_refusals(model.ffn)]
 
 

@@ -6,8 +6,17 @@ token that no expert took is zeros. In evaluation aux_loss is zero.
 """
 
 from moe_train.layers.deepseek import DeepSeekMoE
+from moe_train.layers.graph import ExpertGraphConv, GraphCoupledMoE
 from moe_train.layers.router import Choices, ExpertRouter
 from moe_train.layers.sparse import MoELayer
 from moe_train.layers.switch import SwitchFFN
 
-__all__ = ["Choices", "DeepSeekMoE", "ExpertRouter", "MoELayer", "SwitchFFN"]
+__all__ = [
+    "Choices",
+    "DeepSeekMoE",
+    "ExpertGraphConv",
+    "ExpertRouter",
+    "GraphCoupledMoE",
+    "MoELayer",
+    "SwitchFFN",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from moe_train.errors import ConfigError, Problem
 
@@ -45,3 +45,9 @@ def at_most(name: str, limit: int, **values: int) -> list[Problem]:
 def divides(name: str, whole: int, **values: int) -> list[Problem]:
     """Refuse what does not divide another argument."""
     return refused(values, lambda value: value < 1 or whole % value == 0, f"must divide {name}={whole}")
+
+
+def one_of(allowed: Collection[str], **values: str) -> list[Problem]:
+    """Refuse what is none of the words allowed."""
+    rule = f"must be one of {', '.join(allowed)}"
+    return [Problem(name, value, rule, "choose one of them") for name, value in values.items() if value not in allowed]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe_train.config.routing import NoisyTopKRouterConfig, RouterConfig, SigmoidRouterConfig, TopKRouterConfig
 from moe_train.errors import Problem
-from moe_train.layers.arguments import at_most, check, fraction, positive
+from moe_train.layers.arguments import at_most, check, fraction, one_of, positive
 from moe_train.layers.base import INIT_STD, aux_loss, context_of, fill, layer_config
 from moe_train.moe.balance import Balance
 from moe_train.moe.losses import RoutedTokens
@@ -109,8 +109,8 @@ def gating_problems(gating_type: str, normalize: bool, constant: bool) -> list[P
         normalize: whether weights are to sum to one.
         constant: whether one of several experts is chosen, whose normalised weight is 1 whatever the router thinks.
     """
-    if gating_type not in GATING_TYPES:
-        return [Problem("gating_type", gating_type, f"must be one of {', '.join(GATING_TYPES)}", "choose one of them")]
+    if unknown := one_of(GATING_TYPES, gating_type=gating_type):
+        return unknown
     if gating_type == "noisy_top_k" and not normalize:
         rule = "the weights of noisy_top_k are a softmax over the chosen experts"
         return [Problem("normalize_weights", False, rule, "set normalize_weights=True")]

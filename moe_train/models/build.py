@@ -38,20 +38,26 @@ def build_block(config: ModelConfig, layer: int, exchange: Exchange) -> Block | 
         return Block(config, layer, network, out_std)
     if ffn.graph is None:
         return Block(config, layer, build_moe(config, exchange, out_std), out_std)
-    if ffn.graph.expert == "ffn":
+    coupled = build_graph(config, ffn.graph, layer, exchange, out_std)
+    return CoupledBlocks(coupled) if ffn.graph.expert == "block" else Block(config, layer, coupled, out_std)
+
+
+def build_graph(config: ModelConfig, graph: GraphConfig, layer: int, exchange: Exchange, out_std: float) -> GraphLayer:
+    """Build a dense graph-coupled layer around the experts held here."""
+    experts: nn.Module
+    if graph.expert == "ffn":
         experts = build_experts(DenseExperts, config, exchange.experts, out_std)
-        return Block(config, layer, build_graph(config, ffn.graph, exchange, experts, out_std), out_std)
+    else:
+        experts = build_blocks(config, layer, exchange, out_std)
+    return GraphLayer(graph, exchange.dense, experts, Coupling(config, config.ffn, out_std))
+
+
+def build_blocks(config: ModelConfig, layer: int, exchange: Exchange, out_std: float) -> BlockExperts:
+    """Build those experts held here that are whole blocks."""
+    ffn = config.ffn
     activation = ffn.expert_activation or ffn.activation
     network = FeedForward(config.dim, ffn.expert_dim, activation, config.init_std, out_std, ffn.expert_bias)
-    blocks = BlockExperts(Block(config, layer, network, out_std), exchange.experts)
-    return CoupledBlocks(build_graph(config, ffn.graph, exchange, blocks, out_std))
-
-
-def build_graph(
-    config: ModelConfig, graph: GraphConfig, exchange: Exchange, experts: nn.Module, out_std: float
-) -> GraphLayer:
-    """Build a dense graph-coupled layer around the experts held here."""
-    return GraphLayer(graph, exchange.dense, experts, Coupling(config, config.ffn, out_std))
+    return BlockExperts(Block(config, layer, network, out_std), exchange.experts)
 
 
 def build_moe(config: ModelConfig, exchange: Exchange, out_std: float) -> MoELayer:

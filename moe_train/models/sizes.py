@@ -151,11 +151,24 @@ def coupling_size(config: ModelConfig, graph: GraphConfig) -> Size:
         if graph.adjacency != "none":
             layer += vector(num_experts**2)
     size = times(graph.layers, layer)
-    size += {"mean": Size(), "weighted": vector(num_experts), "attention": vector(dim)}[graph.pooling]
-    size += Size(multiplied=num_experts * dim if graph.pooling == "attention" else 0)
+    size += pooling_size(dim, num_experts, graph)
     if graph.combiner != "none":
         size += linear
     return size + norm_size(config) if graph.combiner == "gelu_norm" else size
+
+
+def pooling_size(dim: int, num_experts: int, graph: GraphConfig) -> Size:
+    """Return the size of the pooling: its weights multiply what the experts hold, and so does the query of attention.
+
+    A mean only adds.
+    """
+    match graph.pooling:
+        case "mean":
+            return Size()
+        case "weighted":
+            return vector(num_experts) + Size(multiplied=num_experts * dim)
+        case "attention":
+            return per_expert(num_experts, matrix(1, dim)) + Size(multiplied=num_experts * dim)
 
 
 def message_products(config: ModelConfig, graph: GraphConfig) -> int:

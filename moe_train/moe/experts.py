@@ -92,4 +92,4 @@ class DenseExperts(ExpertNetworks):
         y_LND = torch.bmm(activate(inner_LNF, self.activation), self.down_LFD.to(x_ND.dtype))
         if self.down_bias_LD is not None:
             y_LND = y_LND + self.down_bias_LD.to(x_ND.dtype).unsqueeze(1)
-        return y_LND.transpose(0, 1).view(*x_RSD.shape[:2], -1, x_RSD.shape[-1])
+        return y_LND.transpose(0, 1).view(*x_RSD.shape[:2], len(y_LND), x_RSD.shape[-1])

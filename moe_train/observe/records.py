@@ -9,19 +9,23 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 Record: TypeAlias = Mapping[str, Any]
 
 KINDS = ("train", "eval", "event")
-LOAD_KEY = re.compile(r"moe/(layer_\d+)/load")
+LAYER_KEY = re.compile(r"moe/(layer_\d+)/(\w+)")
+ROUTED = "load"
+"""The figure that every layer with a router has, and no other."""
+COUPLED = "similarity"
+"""The figure that every layer of experts coupled by a graph has, and no other."""
 
 
 @dataclass(frozen=True)
 class ExpertHealth:
-    """State of all MoE layers at one step; a field is None when the record has no finite value for it.
+    """State of all routed layers at one step; a field is None when the record has no finite value for it.
 
     Attributes:
         imbalance: the worst layer's largest expert load over its mean load; 1.0 is balanced.
@@ -38,6 +42,25 @@ class ExpertHealth:
     entropy: float | None
 
 
+@dataclass(frozen=True)
+class GraphHealth:
+    """State of all graph-coupled layers at one step; a field is None when the record has no finite value for it.
+
+    Attributes:
+        similarity: the mean cosine between what two experts add, in the layer where it is largest; 1.0 is collapse.
+        worst_layer: name of that layer.
+        effective_rank: mean over layers of the effective rank of the experts' cosines, 1 to E.
+        message_norm: norm of the received messages relative to what an expert holds, mean over layers and graph layers.
+        adjacency_entropy: mean over layers of the entropy of an expert's sources, in nats.
+    """
+
+    similarity: float | None
+    worst_layer: str
+    effective_rank: float | None
+    message_norm: float | None
+    adjacency_entropy: float | None
+
+
 def finite(value: object) -> float | None:
     """Return ``value`` as a float, or None when it is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -45,9 +68,15 @@ def finite(value: object) -> float | None:
     return float(value)
 
 
-def moe_layers(record: Record) -> list[str]:
-    """Return the names of the MoE layers in ``record``, in order: ``["layer_01", "layer_03"]``."""
-    return sorted(match[1] for key in record if (match := LOAD_KEY.fullmatch(key)))
+def moe_layers(keys: Iterable[str], figure: str) -> list[str]:
+    """Return the names of the layers that ``figure`` is told of, in order: ``["layer_01", "layer_03"]``.
+
+    Args:
+        keys: those of one or more records.
+        figure: ``ROUTED``, ``COUPLED``, or any other.
+    """
+    matches = (LAYER_KEY.fullmatch(key) for key in keys)
+    return sorted({match[1] for match in matches if match and match[2] == figure})
 
 
 def load_imbalance(load: object) -> float | None:
@@ -65,25 +94,50 @@ def load_imbalance(load: object) -> float | None:
 
 
 def expert_health(record: Record) -> ExpertHealth | None:
-    """Return the state of the MoE layers of a train record, or None when it has none."""
-    layers = moe_layers(record)
+    """Return the state of the routed layers of a train record, or None when it has none."""
+    layers = moe_layers(record, ROUTED)
     if not layers:
         return None
-
-    def values(name: str) -> list[float]:
-        found = (finite(record.get(f"moe/{layer}/{name}")) for layer in layers)
-        return [value for value in found if value is not None]
-
-    imbalances = {layer: load_imbalance(record[f"moe/{layer}/load"]) or 0.0 for layer in layers}
+    imbalances = {layer: load_imbalance(record[f"moe/{layer}/{ROUTED}"]) or 0.0 for layer in layers}
     worst = max(imbalances, key=lambda layer: imbalances[layer])
-    dead, dropped, entropy = values("dead_experts"), values("dropped_fraction"), values("entropy")
+    dead = layer_values(record, layers, "dead_experts")
     return ExpertHealth(
         imbalance=imbalances[worst] or None,
         worst_layer=worst,
         dead_experts=int(sum(dead)) if dead else None,
-        dropped_fraction=sum(dropped) / len(dropped) if dropped else None,
-        entropy=sum(entropy) / len(entropy) if entropy else None,
+        dropped_fraction=mean(layer_values(record, layers, "dropped_fraction")),
+        entropy=mean(layer_values(record, layers, "entropy")),
     )
+
+
+def graph_health(record: Record) -> GraphHealth | None:
+    """Return the state of the graph-coupled layers of a train record, or None when it has none."""
+    layers = moe_layers(record, COUPLED)
+    if not layers:
+        return None
+    known = {layer: value for layer in layers if (value := finite(record[f"moe/{layer}/{COUPLED}"])) is not None}
+    worst = max(known, key=lambda layer: known[layer], default=layers[0])
+    return GraphHealth(
+        similarity=known.get(worst),
+        worst_layer=worst,
+        effective_rank=mean(layer_values(record, layers, "effective_rank")),
+        message_norm=mean(layer_values(record, layers, "message_norm")),
+        adjacency_entropy=mean(layer_values(record, layers, "adjacency_entropy")),
+    )
+
+
+def layer_values(record: Record, layers: Iterable[str], figure: str) -> list[float]:
+    """Return the finite values of a figure over the layers; one that is a list gives all of its entries."""
+    found: list[object] = []
+    for layer in layers:
+        value = record.get(f"moe/{layer}/{figure}")
+        found += value if isinstance(value, list) else [value]
+    return [real for value in found if (real := finite(value)) is not None]
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Return the mean, or None of nothing."""
+    return sum(values) / len(values) if values else None
 
 
 def to_json(record: Record) -> str:

@@ -129,8 +129,13 @@ def next_batches(run: Run, stop: StopRequest, window: Window) -> tuple[list[Batc
 def train_record(
     run: Run, step: int, rate: float, tokens: int, result: StepResult, window: Window
 ) -> dict[str, object]:
-    """Return the record of one step; times are means per step since the last record. Collective."""
+    """Return the record of one step; times are means per step since the last record. Collective.
+
+    Matrices between experts stand in the first and the last record, and where there is an evaluation.
+    """
     figures = result.tally.measure(tokens, run.mesh)
+    if not (step in (1, run.config.train.steps) or due(step, run.config.eval.every)):
+        figures = without_matrices(figures)
     seconds = time.perf_counter() - window.start_s
     tokens_per_s = window.tokens / seconds
     return {
@@ -150,6 +155,16 @@ def train_record(
         "mfu": model_flops_utilisation(run.config, run.corpus.tokenizer.vocab_size, run.world, tokens_per_s),
         **figures,
     }
+
+
+def without_matrices(figures: dict[str, object]) -> dict[str, object]:
+    """Return the figures that are numbers or lists: matrices between experts are large, and change slowly."""
+    return {key: value for key, value in figures.items() if not is_matrix(value)}
+
+
+def is_matrix(value: object) -> bool:
+    """Whether a figure is a list of lists."""
+    return isinstance(value, list) and any(isinstance(row, list) for row in value)
 
 
 def held_out(run: Run, batches: int | None) -> dict[str, float]:

@@ -1,8 +1,12 @@
 """The cases of the layout contract hold every option, and are configurations that users may run."""
 
-import pytest
-from layout_cases import CASES
+from itertools import product
+from typing import get_args
 
+import pytest
+from layout_cases import CASES, ON_ALL_LAYOUTS, PLAIN
+
+from moe_train.config.graph import GraphConfig
 from moe_train.config.rules import model_problems
 
 
@@ -41,3 +45,24 @@ def test_the_cases_hold_every_kind_of_attention_network_and_prediction():
     activations = {kind for ffn in ffns for kind in (ffn.activation, ffn.expert_activation)}
     assert activations == {None, "swiglu", "geglu", "gelu", "relu", "swiglu_clamped"}
     assert {m.mtp.depth for m in models} == {0, 1, 2}
+
+
+def test_the_cases_hold_every_way_to_couple_experts():
+    off_on = {False, True}
+    models = [model for case in CASES if (model := case.config().model).ffn.graph is not None]
+    graphs = [model.ffn.graph for model in models]
+    for key in ("expert", "adjacency", "normalize", "similarity", "pooling", "combiner"):
+        assert {getattr(graph, key) for graph in graphs} == set(get_args(GraphConfig.model_fields[key].annotation)), key
+    assert {graph.layers for graph in graphs} == {0, 1, 2}
+    assert {graph.max_neighbors for graph in graphs} == {None, 0, 1, 2}
+    assert all({getattr(graph, key) for graph in graphs} == off_on for key in ("self_edges", "recompute"))
+    assert {graph.orthogonality > 0 for graph in graphs} == {graph.chunk_tokens is None for graph in graphs} == off_on
+    assert {model.ffn.expert_bias for model in models} == {model.head_bias for model in models} == off_on
+    assert {(model.norm, model.positions) for model in models} == set(product(("rms", "layer"), ("rotary", "learned")))
+    assert {model.mtp.depth for model in models} == {0, 1}
+    assert {case.config().model.ffn.graph.expert for case in ON_ALL_LAYOUTS if case not in PLAIN} == {"ffn", "block"}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.zero_router], ids=str)
+def test_no_parameter_starts_at_zero_where_gradients_would_hide(case):
+    assert [name for name, parameter in case.whole_model().named_parameters() if not parameter.any()] == []

@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
-from layout_cases import ARCHITECTURES, CASES, DEPENDS_ON_LAYOUT, MIXED, PLAIN
+from layout_cases import ARCHITECTURES, CASES, DEPENDS_ON_LAYOUT, GRAPH, MIXED, ON_ALL_LAYOUTS
 from layouts import BATCH, RATES, differences, run_layout
 from spawn import run_ranks
 
@@ -21,7 +21,7 @@ from moe_train.dist.world import World, joined
 
 pytestmark = pytest.mark.timeout(900)
 ALL = {1: [(1, 1), (1, 4)], 2: [(1, 1), (2, 4)], 4: [(1, 1), (2, 1), (4, 1), (1, 4), (4, 4)]}
-"""(ep, accumulation) by world size, for the plain cases."""
+"""(ep, accumulation) by world size, for the plain cases and for both kinds of coupled experts."""
 FEW = {1: [(1, 1)], 2: [(1, 4)], 4: [(2, 1), (4, 4)]}
 """For the others: each value once; `test_layout_product` runs every combination of options on every EP size."""
 NAMES = {case.name: case for case in CASES}
@@ -30,7 +30,7 @@ FP32 = NAMES["top-2, global balance"]
 
 def layouts_of(case, size):
     """(ep, accumulation) on which a case is run."""
-    return (ALL if case in PLAIN else FEW)[size]
+    return (ALL if case in ON_ALL_LAYOUTS else FEW)[size]
 
 
 def share_of_truths(world, jobs):
@@ -132,8 +132,8 @@ def test_every_layout_equals_the_oracle(wrong, case):
     assert said_of(wrong, case.name) == {}
 
 
-def test_every_parameter_of_the_published_architectures_has_a_gradient(truths):
-    for case in ARCHITECTURES:
+def test_every_parameter_of_the_published_architectures_and_of_coupled_experts_has_a_gradient(truths):
+    for case in [*ARCHITECTURES, *GRAPH]:
         gradients = truths[case.name, case.split(1, 1)].gradients
         assert [name for name, g in gradients.items() if not g.abs().max() > 1e-9] == [], case.name
 

@@ -88,12 +88,17 @@ class Decoder(ABC):
 
     def refusals(self, model: ModelConfig) -> list[str]:
         """Return why this class cannot express a model."""
-        reasons = [*self.attention.refusals(model), *self.window_refusals(model), *self.mtp_refusals(model)]
+        reasons = self.trunk_refusals(model)
         if model.ffn.num_experts == 0:
             return [*reasons, "the model is dense"]
         reasons += expert_refusals(model, self.expert_activation, self.expert_bias)
         reasons += [*dense_refusals(model), *shared_refusals(model, self.names), *self.balance_refusals(model)]
         return [*reasons, *self.ffn_refusals(model)]
+
+    def trunk_refusals(self, model: ModelConfig) -> list[str]:
+        """Return why all but the feed-forward parts cannot be expressed, and what no public class here can express."""
+        own = [*self.attention.refusals(model), *self.window_refusals(model), *self.mtp_refusals(model)]
+        return [*own, *foreign_refusals(model)]
 
     def public_config(self, model: ModelConfig, vocab_size: int) -> dict[str, Any]:
         """Return the config.json of a model, without token ids, dtype and longest text."""
@@ -194,3 +199,15 @@ class Decoder(ABC):
         """Yield why balancing cannot be expressed: losses act in training only, a bias on the choice always."""
         if model.ffn.balance.loss_free is not None:
             yield "balance.loss_free: this class has no place for the bias on the choice"
+
+
+def foreign_refusals(model: ModelConfig) -> Iterator[str]:
+    """Yield what none of the public classes computes."""
+    if model.ffn.graph is not None:
+        yield "the experts are coupled by a graph"
+    if model.norm != "rms":
+        yield f"norm={model.norm}, not rms"
+    if model.positions != "rotary":
+        yield f"positions={model.positions}, not rotary"
+    if model.head_bias:
+        yield "the output head has a bias"

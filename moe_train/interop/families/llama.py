@@ -31,8 +31,7 @@ class Llama(Decoder):
 
     def refusals(self, model: ModelConfig) -> list[str]:
         """Return why this class cannot express a model."""
-        reasons = [*self.attention.refusals(model), *self.window_refusals(model), *self.mtp_refusals(model)]
-        return [*reasons, *dense_refusals(model), *self.ffn_refusals(model)]
+        return [*self.trunk_refusals(model), *dense_refusals(model), *self.ffn_refusals(model)]
 
     def read_ffn(self, reading: Reading) -> dict[str, Any]:
         """Return the keys of `FFNConfig`."""

@@ -60,19 +60,23 @@ class Adjacency(nn.Module):
         possible_EE = self.possible(device)
         if self.is_complete:
             return possible_EE
-        return torch.zeros_like(possible_EE).scatter_(1, self.sources(), True)
+        # Where too many logits are -inf, what is impossible ranks as high as what is left: it stays impossible.
+        return torch.zeros_like(possible_EE).scatter_(1, self.sources(), True) & possible_EE
 
-    def forward(self, device: torch.device) -> Tensor:
-        """Return the weights [E, E], at least fp32; zero where there is no edge."""
+    def forward(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weights [E, E]; zero where there is no edge.
+
+        Args:
+            device: of the weights.
+            dtype: of the weights, at least fp32, where there are no logits to take it from.
+        """
         edges_EE = self.edges(device)
-        if self.num_sources == 0:
-            return torch.zeros(edges_EE.shape, device=device)
         if self.logits_EE is None:
-            weights_EE = edges_EE.to(torch.float32)
+            weights_EE = edges_EE.to(dtype)
         elif self.config.adjacency == "sigmoid":
             weights_EE = self.logits_EE.sigmoid().masked_fill(~edges_EE, 0.0)
         else:
-            weights_EE = self.logits_EE.masked_fill(~edges_EE, float("-inf")).softmax(dim=1)
+            weights_EE = softmax_of_edges(self.logits_EE, edges_EE)
         return self.divided(weights_EE)
 
     def divided(self, weights_EE: Tensor) -> Tensor:
@@ -81,6 +85,14 @@ class Adjacency(nn.Module):
             case "none":
                 return weights_EE
             case "count":
-                return weights_EE / self.num_sources
+                return weights_EE / max(1, self.num_sources)  # an expert alone has none
             case "degree":
                 return weights_EE / weights_EE.sum(dim=1, keepdim=True).clamp(min=LEAST_DEGREE)
+
+
+def softmax_of_edges(logits_EE: Tensor, edges_EE: Tensor) -> Tensor:
+    """Return the softmax [E, E] over the edges of each row; a row whose logits are all -inf is zero, not nan."""
+    shut = float("-inf")
+    masked_EE = logits_EE.masked_fill(~edges_EE, shut)
+    silent_E1 = (masked_EE == shut).all(dim=1, keepdim=True)
+    return masked_EE.masked_fill(silent_E1, 0.0).softmax(dim=1).masked_fill(silent_E1, 0.0)

@@ -21,12 +21,10 @@ class Coupled:
 
     Attributes:
         y_TD: [T, D] one vector per token.
-        held: per graph layer [T, E, D], what the experts held before it.
         messages: per graph layer what they told each other; empty where they exchange nothing.
     """
 
     y_TD: Tensor
-    held: tuple[Tensor, ...]
     messages: tuple[Messages, ...]
 
 
@@ -102,21 +100,18 @@ class Coupling(nn.Module):
 
     def forward(self, h_TED: Tensor) -> Coupled:
         """Couple the experts' results [T, E, D]."""
-        held: list[Tensor] = []
         messages: list[Messages] = []
         for conv in self.convs:
-            coupled_TED, told = conv(h_TED)
+            h_TED, told = conv(h_TED)
             if told is not None:
-                held.append(h_TED)
                 messages.append(told)
-            h_TED = coupled_TED
         y_TD = self.pooling(h_TED)
         if self.combiner is not None:
             y_TD = self.combiner(y_TD)
-        return Coupled(y_TD, tuple(held), tuple(messages))
+        return Coupled(y_TD, tuple(messages))
 
     def adjacencies(self) -> Tensor:
         """Return the weights [M, E, E] of the edges of each graph layer with messages, at least fp32."""
         graphs = (module for module in self.modules() if isinstance(module, Adjacency))
-        found = [graph(next(self.parameters()).device) for graph in graphs]
+        found = [graph(next(self.parameters()).device, torch.float64) for graph in graphs]
         return torch.stack(found) if found else torch.zeros(0, 0, 0)

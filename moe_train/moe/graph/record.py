@@ -22,13 +22,13 @@ class GraphRecord(LayerRecord):
         cosines_EE: [E, E] fp64, cosine between what two experts add.
         strengths_MEE: [M, E, E] fp64, weight of the message to expert i (row) from expert j (column).
         message_norms_M: [M] fp64, norms of the received messages, mean over the experts.
-        held_norms_M: [M] fp64, norms of what the experts held themselves, mean over the experts.
+        sent_norms_M: [M] fp64, norms of what the experts sent, mean over the experts.
     """
 
     cosines_EE: Tensor
     strengths_MEE: Tensor
     message_norms_M: Tensor
-    held_norms_M: Tensor
+    sent_norms_M: Tensor
 
     @staticmethod
     def of(added_TED: Tensor, coupled: Coupled, valid_T: Tensor, diversity: Diversity) -> GraphRecord:
@@ -47,14 +47,14 @@ class GraphRecord(LayerRecord):
         with torch.no_grad():
             strengths = [over_tokens(told.strength_TEE, valid_T) for told in coupled.messages]
             received = [mean_norm(told.received_TED, valid_T) for told in coupled.messages]
-            held = [mean_norm(h_TED, valid_T) for h_TED in coupled.held]
+            sent = [mean_norm(told.sent_TED, valid_T) for told in coupled.messages]
             cosines_EE = over_tokens(cosines_TEE, valid_T)
         return GraphRecord(
             tokens=valid_T.sum().to(torch.int64),
             cosines_EE=cosines_EE,
             strengths_MEE=torch.stack(strengths) if strengths else cosines_EE.new_zeros(0, *cosines_EE.shape),
             message_norms_M=torch.stack(received) if received else cosines_EE.new_zeros(0),
-            held_norms_M=torch.stack(held) if held else cosines_EE.new_zeros(0),
+            sent_norms_M=torch.stack(sent) if sent else cosines_EE.new_zeros(0),
             statistics=(squares,),
         )
 
@@ -64,7 +64,7 @@ class GraphRecord(LayerRecord):
         ``similarity``: mean cosine between what two experts add. ``cosines``: the same for each pair.
         ``effective_rank``: of the matrix of cosines, 1 (all alike) to E (all orthogonal). ``message_strength``: per
         graph layer the mean weight of the message to expert i (row) from expert j. ``message_norm``: per graph layer
-        the mean norm of what an expert receives, relative to that of what it holds.
+        the mean norm of what an expert receives, relative to that of what it sends.
         """
         tokens = self.tokens.clamp(min=1)
         mean_EE = self.cosines_EE / tokens
@@ -74,7 +74,7 @@ class GraphRecord(LayerRecord):
             "cosines": mean_EE.tolist(),
             "effective_rank": effective_rank(mean_EE),
             "message_strength": (self.strengths_MEE / tokens).tolist(),
-            "message_norm": (self.message_norms_M / self.held_norms_M.clamp(min=1e-30)).tolist(),
+            "message_norm": (self.message_norms_M / self.sent_norms_M.clamp(min=1e-30)).tolist(),
         }
 
 

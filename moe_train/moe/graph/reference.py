@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_train.moe.graph.conv import GraphConv, MessagePassing
+from moe_train.moe.graph.conv import EPS, GraphConv, MessagePassing
 from moe_train.moe.graph.similarity import PairGate, ScaledDot
 
 
@@ -16,14 +16,20 @@ def conv_one_by_one(conv: GraphConv, h_TED: Tensor) -> Tensor:
     """Return what `GraphConv.forward` leaves in the experts [T, E, D], by loops over tokens and pairs of experts."""
     tokens = []
     for h_ED in h_TED.unbind():
+        read_ED = torch.stack([read_one(conv, h_D) for h_D in h_ED.unbind()])
         rows = []
         for i, h_D in enumerate(h_ED.unbind()):
-            inner_D = conv.own(h_D)
+            inner_D = conv.own(read_ED[i])
             if conv.messages is not None:
-                inner_D = inner_D + conv.messages.map(received_one_by_one(conv.messages, h_ED, i))
+                inner_D = inner_D + conv.messages.map(received_one_by_one(conv.messages, read_ED, i))
             rows.append(h_D + F.gelu(inner_D))
         tokens.append(torch.stack(rows))
     return torch.stack(tokens)
+
+
+def read_one(conv: GraphConv, h_D: Tensor) -> Tensor:
+    """Return what the layer looks at of one expert [D]."""
+    return h_D / (h_D.square().mean() + EPS).sqrt() if conv.prenorm else h_D
 
 
 def received_one_by_one(messages: MessagePassing, h_ED: Tensor, i: int) -> Tensor:
@@ -39,17 +45,18 @@ def sources_of(messages: MessagePassing, i: int) -> list[int]:
     config, logits_EE = messages.adjacency.config, messages.adjacency.logits_EE
     sources = [j for j in range(messages.adjacency.num_experts) if j != i or config.self_edges]
     if config.max_neighbors is not None and logits_EE is not None:
-        sources.sort(key=lambda j: -float(logits_EE[i, j]))
+        sources.sort(key=lambda j: -logits_EE[i, j].item())
         sources = sources[: config.max_neighbors]
     return sources
 
 
-def weight_of_edge(messages: MessagePassing, i: int, j: int) -> Tensor:
-    """Return A_ij, divided as configured."""
+def weight_of_edge(messages: MessagePassing, i: int, j: int) -> Tensor | float:
+    """Return A_ij of a source j, divided as configured; a number where nothing is learned."""
     config, logits_EE = messages.adjacency.config, messages.adjacency.logits_EE
     sources = sources_of(messages, i)
+    weights: dict[int, Tensor | float]
     if logits_EE is None:
-        weights = {k: torch.tensor(1.0) for k in sources}
+        weights = dict.fromkeys(sources, 1.0)
     elif config.adjacency == "sigmoid":
         weights = {k: 1 / (1 + (-logits_EE[i, k]).exp()) for k in sources}
     else:

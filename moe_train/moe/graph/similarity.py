@@ -12,7 +12,7 @@ from moe_train.config.graph import GraphConfig
 from moe_train.moe.modules import Linear
 
 LEAST_NORM = 1e-12
-"""Shorter vectors are divided by it: a vector of zeros has cosine 0 with everything."""
+"""A shorter vector has no direction: it has cosine 0 with everything, and its cosines have no gradient."""
 
 
 class Similarity(Protocol):
@@ -65,7 +65,10 @@ class Cosine(nn.Module):
 def cosines(h_TED: Tensor) -> Tensor:
     """Return the cosines [T, E, E] of all pairs of a token's vectors [T, E, D], at least fp32."""
     precise = torch.promote_types(h_TED.dtype, torch.float32)
-    unit_TED = F.normalize(h_TED.to(precise), dim=-1, eps=LEAST_NORM)
+    h_TED = h_TED.to(precise)
+    norms_TE1 = torch.linalg.vector_norm(h_TED, dim=-1, keepdim=True)
+    # Divided by infinity, not by a small number: that would be the factor of the gradient.
+    unit_TED: Tensor = h_TED / norms_TE1.masked_fill(norms_TE1 < LEAST_NORM, float("inf"))
     return unit_TED @ unit_TED.transpose(1, 2)
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from moe_train.observe.report.record import RunRecord, Series
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Item = TypeVar("Item")
 
 # Okabe and Ito's palette, told apart by colour-blind readers (without yellow and black, which one theme would hide).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -56,11 +59,11 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def new_figure(height_inches: float) -> Figure:
-    """Return an empty figure as wide as the page."""
+def new_figure(height_inches: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """Return an empty figure as wide as the page; without a layout its axes stay where they are put."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
+    return Figure(figsize=(WIDTH_INCHES, height_inches), layout=layout)
 
 
 def draw_line(axes: Axes, line: Series, **style: Any) -> None:
@@ -71,8 +74,8 @@ def draw_line(axes: Axes, line: Series, **style: Any) -> None:
     axes.plot(thinned(line.steps[known]), thinned(line.values[known]), **style)
 
 
-def draw_per_layer(axes: Axes, lines: dict[str, Series]) -> None:
-    """Draw one line per MoE layer: named colours for a few, a scale from shallow to deep for many."""
+def draw_per_layer(axes: Axes, lines: dict[str, Series], legend: bool = True) -> None:
+    """Draw one line per layer: named colours for a few, a scale from shallow to deep for many."""
     from matplotlib import colormaps
 
     few = len(lines) <= len(PALETTE)
@@ -82,7 +85,22 @@ def draw_per_layer(axes: Axes, lines: dict[str, Series]) -> None:
         named = few or depth in (0, len(lines) - 1)
         label = layer.replace("_", " ") if named else None
         draw_line(axes, line, color=colour, label=label, linewidth=1.4 if few else 0.9)
-    legend_above(axes)
+    if legend:
+        legend_above(axes)
+
+
+def draw_bound(axes: Axes, level: float, label: str) -> None:
+    """Draw a dashed line at a ``level`` that the others cannot pass, with a label at its right end."""
+    axes.axhline(level, color=INK, linewidth=1, linestyle="--")
+    axes.annotate(
+        label,
+        xy=(1, level),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, -3),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+    )
 
 
 def legend_above(axes: Axes) -> None:
@@ -90,8 +108,13 @@ def legend_above(axes: Axes) -> None:
     axes.legend(ncols=len(PALETTE), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
 
 
+def ends_and_middle(items: Sequence[Item], most: int) -> list[Item]:
+    """Return all ``items`` when they are at most ``most``, else the first, the middle and the last."""
+    return list(items) if len(items) <= most else [items[0], items[len(items) // 2], items[-1]]
+
+
 def layer_series(run: RunRecord, name: str) -> dict[str, Series]:
-    """Return ``moe/<layer>/<name>`` of every MoE layer that has a finite value."""
+    """Return ``moe/<layer>/<name>`` of every layer with experts that has a finite value."""
     found = {layer: run.train_series(f"moe/{layer}/{name}") for layer in run.layers}
     return {layer: line for layer, line in found.items() if line}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from moe_train.observe.records import LOAD_KEY, Record, finite, parse_record
+from moe_train.observe.records import COUPLED, ROUTED, Record, finite, moe_layers, parse_record
 from moe_train.observe.sinks.jsonl import FILE_NAME
 
 
@@ -31,6 +31,19 @@ class Series:
     def __bool__(self) -> bool:
         """Whether there is anything to draw."""
         return bool(np.isfinite(self.values).any())
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Matrices between the experts of one layer, at one step.
+
+    Attributes:
+        step: optimizer step.
+        values: float64 of shape (M, E, E), for a layer with M graph layers; NaN where the record had none.
+    """
+
+    step: int
+    values: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -97,9 +110,18 @@ class RunRecord:
 
     @property
     def layers(self) -> list[str]:
-        """Names of the MoE layers that any train record speaks of: ``["layer_01", "layer_03"]``."""
-        keys = {key for record in self.train for key in record}
-        return sorted(match[1] for key in keys if (match := LOAD_KEY.fullmatch(key)))
+        """Names of the layers with experts that any train record speaks of: ``["layer_01", "layer_03"]``."""
+        return sorted({*self.routed_layers, *self.graph_layers})
+
+    @property
+    def routed_layers(self) -> list[str]:
+        """Names of those with a router."""
+        return self._layers_with(ROUTED)
+
+    @property
+    def graph_layers(self) -> list[str]:
+        """Names of those whose experts are coupled by a graph."""
+        return self._layers_with(COUPLED)
 
     def setting(self, path: str) -> Any:
         """Return the configured value at a dotted ``path``, or None."""
@@ -117,23 +139,68 @@ class RunRecord:
         return series(self.evals, lambda record: record.get(key))
 
     def loads(self, layer: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return the expert loads of one MoE layer over the run.
+        """Return the expert loads of one MoE layer over the run: each expert's fraction of the assignments."""
+        return self.rows(layer, ROUTED)
+
+    def rows(self, layer: str, name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return a list of figures of one layer with experts over the run.
 
         Returns:
-            Steps of shape (N,), and loads of shape (N, E): each expert's fraction of the assignments, NaN if unknown.
+            Steps of shape (N,), and values of shape (N, E) for lists of length E; NaN if unknown.
         """
-        key = f"moe/{layer}/load"
+        key = f"moe/{layer}/{name}"
         rows = [(record["step"], record[key]) for record in self.train if isinstance(record.get(key), list)]
         # A run whose number of experts was changed half-way keeps the records of its last shape.
-        rows = [(step, load) for step, load in rows if load and len(load) == len(rows[-1][1])]
+        rows = [(step, row) for step, row in rows if row and len(row) == len(rows[-1][1])]
         steps = np.array([step for step, _ in rows], dtype=np.int64)
-        return steps, np.array([[_number(share) for share in load] for _, load in rows], dtype=np.float64)
+        return steps, np.array([[_number(value) for value in row] for _, row in rows], dtype=np.float64)
+
+    def first_and_last(self, layer: str, name: str) -> tuple[Matrices, Matrices] | None:
+        """Return matrices between the experts of one layer from the first and the last record that has them.
+
+        A single matrix is a stack of one; records of another shape than the last, or torn, are passed over.
+        """
+        key = f"moe/{layer}/{name}"
+        last = next(self._matrices(key, reversed(self.train)), None)
+        if last is None:
+            return None
+        shape = last.values.shape
+        return next(found for found in self._matrices(key, self.train) if found.values.shape == shape), last
+
+    def _layers_with(self, figure: str) -> list[str]:
+        return moe_layers({key for record in self.train for key in record}, figure)
+
+    def _matrices(self, key: str, records: Iterable[Record]) -> Iterator[Matrices]:
+        """Yield what the records hold under ``key``, read only when asked for: there are many, and few are drawn."""
+        for record in records:
+            values = square_matrices(record.get(key))
+            if values is not None:
+                yield Matrices(record["step"], values)
+
+
+def square_matrices(value: object) -> NDArray[np.float64] | None:
+    """Return a matrix E x E, or a list of such, as (M, E, E) with NaN for what is unknown; None when it is neither.
+
+    What has no finite number at all counts as nothing.
+    """
+    try:
+        found = np.array(_numbers(value), dtype=np.float64)
+    except ValueError:  # a row of another length
+        return None
+    found = found[None] if found.ndim == 2 else found
+    whole = found.ndim == 3 and found.shape[1] == found.shape[2] and np.isfinite(found).any()
+    return found if whole else None
 
 
 def series(records: Sequence[Record], value: Callable[[Record], object]) -> Series:
     """Return ``value`` of each record over its step; what is not finite becomes NaN."""
     steps = np.array([record["step"] for record in records], dtype=np.int64)
     return Series(steps, np.array([_number(value(record)) for record in records], dtype=np.float64))
+
+
+def _numbers(value: object) -> object:
+    """Return nested lists with every entry a float."""
+    return [_numbers(item) for item in value] if isinstance(value, list) else _number(value)
 
 
 def _number(value: object) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_train.observe.redact import redact
 from moe_train.observe.report.drawing import STYLE, embed
-from moe_train.observe.report.figures import FIGURES, FigureModule
+from moe_train.observe.report.figures import FigureModule, figures_of
 from moe_train.observe.report.record import RunRecord
 from moe_train.observe.report.reproduce import launch_command
 from moe_train.observe.report.summary import tiles
@@ -49,8 +49,8 @@ def summary(run: RunRecord) -> str:
 
 
 def figures(run: RunRecord) -> str:
-    """Return every figure of the registry, or the sentence that says why it is not there."""
-    return "".join(figure(module, run) for module in FIGURES)
+    """Return every figure of the run's kind of layers, or the sentence that says why it is not there."""
+    return "".join(figure(module, run) for module in figures_of(run))
 
 
 def figure(module: FigureModule, run: RunRecord) -> str:

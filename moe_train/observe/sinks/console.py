@@ -10,7 +10,7 @@ from typing import TextIO
 from moe_train.observe.metrics import Ema, RateMeter
 from moe_train.observe.records import Record, finite
 from moe_train.observe.sinks.base import RunContext, Status
-from moe_train.observe.sinks.lines import LEGEND, Progress, eval_line, event_line, printable, train_line
+from moe_train.observe.sinks.lines import Progress, eval_line, event_line, legend, printable, train_line
 from moe_train.observe.sinks.live import LiveStatus
 
 LOSS_DECAY = 0.9  # smooths over about ten records
@@ -43,7 +43,7 @@ class ConsoleSink:
         if is_terminal(self._stream):
             self._live = LiveStatus(self._stream, context.start_step, self._total_steps, self._clock)
         self._print(f"run {printable(context.config.run.name)} in {printable(str(context.run_dir))}")
-        self._print(LEGEND)
+        self._print(legend(context.config))
 
     def write(self, record: Record) -> None:
         """Print the line of ``record``."""

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_train.observe.records import ExpertHealth, Record, expert_health, finite
+from moe_train.config.schema import TrainConfig
+from moe_train.observe.records import ExpertHealth, GraphHealth, Record, expert_health, finite, graph_health
 
 NONE = "-"
 LEGEND = (
     "tok/s: tokens per second over all ranks | mfu: share of peak FLOP/s | mem: peak GiB | data: share of step waiting "
-    "for data | imb: worst layer's max/mean expert load | drop: assignments dropped"
+    "for data"
+)
+ROUTED_LEGEND = " | imb: worst layer's max/mean expert load | drop: assignments dropped"
+GRAPH_LEGEND = (
+    " | sim: worst layer's mean cosine between experts | rank: effective rank of the experts | msg: norm of the "
+    "messages relative to what an expert holds"
 )
 
 
@@ -42,7 +48,7 @@ def train_line(record: Record, progress: Progress) -> str:
         f"mem {number(record.get('memory_gib'), '.1f')}G",
         f"data {percent(data_share(record))}",
     ]
-    health = expert_health(record)
+    health = expert_health(record) or graph_health(record)
     if health is not None:
         parts.append(health_text(health))
     parts.append(f"eta {duration(progress.remaining_s)}")
@@ -69,8 +75,16 @@ def event_line(record: Record) -> str:
     return printable(" | ".join(part for part in parts if part))
 
 
-def health_text(health: ExpertHealth) -> str:
+def legend(config: TrainConfig) -> str:
+    """Return what the fields of the run's train lines mean."""
+    return LEGEND + (ROUTED_LEGEND if config.model.ffn.graph is None else GRAPH_LEGEND)
+
+
+def health_text(health: ExpertHealth | GraphHealth) -> str:
     """Return the short fields of the experts' state."""
+    if isinstance(health, GraphHealth):
+        similarity, rank = number(health.similarity, ".2f"), number(health.effective_rank, ".2f")
+        return f"sim {similarity} rank {rank} msg {number(health.message_norm, '.2f')}"
     dead = NONE if health.dead_experts is None else health.dead_experts
     return f"imb {number(health.imbalance, '.2f')} dead {dead} drop {percent(health.dropped_fraction, '.1%')}"
 

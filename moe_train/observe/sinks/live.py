@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
-from moe_train.observe.records import Record, expert_health
+from moe_train.observe.records import Record, expert_health, graph_health
 from moe_train.observe.sinks.lines import Progress, count, data_share, duration, health_text, number, percent
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class LiveStatus:
             f"lr {number(record.get('lr'), '.1e')}   {count(record.get('tokens_per_s'))} tok/s   "
             f"mem {number(record.get('memory_gib'), '.1f')}G   data {percent(data_share(record))}"
         ]
-        health = expert_health(record)
+        health = expert_health(record) or graph_health(record)
         if health is not None:
             lines.append(f"experts: {health_text(health)}   worst {health.worst_layer}")
         return lines

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_train.observe.files import write_atomically
-from moe_train.observe.records import Record, expert_health, finite, load_imbalance, moe_layers
+from moe_train.observe.records import (
+    COUPLED,
+    ROUTED,
+    Record,
+    expert_health,
+    finite,
+    graph_health,
+    load_imbalance,
+    moe_layers,
+)
 from moe_train.observe.redact import redact, redact_all
 from moe_train.observe.sinks.base import RunContext, Status
 
@@ -142,7 +151,7 @@ def wandb_values(record: Record) -> dict[str, float]:
         named = {f"val/{key}": value for key, value in record.items() if key not in ("kind", "step")}
     else:
         named = {TRAIN_KEYS.get(key, f"train/{key}"): value for key, value in record.items() if _is_own(key)}
-        named |= _expert_values(record)
+        named |= _routed_values(record) | _graph_values(record)
     return {key: number for key, value in named.items() if (number := finite(value)) is not None}
 
 
@@ -151,8 +160,8 @@ def _is_own(key: str) -> bool:
     return key not in ("kind", "step") and not key.startswith("moe/")
 
 
-def _expert_values(record: Record) -> dict[str, object]:
-    """Return the state of the experts: four keys for the model and two per MoE layer."""
+def _routed_values(record: Record) -> dict[str, object]:
+    """Return the state of routed experts: four keys for the model and two per layer."""
     health = expert_health(record)
     if health is None:
         return {}
@@ -162,10 +171,28 @@ def _expert_values(record: Record) -> dict[str, object]:
         "moe/drop_frac": health.dropped_fraction,
         "moe/entropy": health.entropy,
     }
-    for layer in moe_layers(record):
+    for layer in moe_layers(record, ROUTED):
         short = layer.replace("layer_", "L")
-        values[f"moe/{short}/load_max"] = load_imbalance(record[f"moe/{layer}/load"])
+        values[f"moe/{short}/load_max"] = load_imbalance(record[f"moe/{layer}/{ROUTED}"])
         values[f"moe/{short}/entropy"] = record.get(f"moe/{layer}/entropy")
+    return values
+
+
+def _graph_values(record: Record) -> dict[str, object]:
+    """Return the state of graph-coupled experts: four keys for the model and two per layer, and no matrix."""
+    health = graph_health(record)
+    if health is None:
+        return {}
+    values: dict[str, object] = {
+        "moe/similarity": health.similarity,
+        "moe/effective_rank": health.effective_rank,
+        "moe/message_norm": health.message_norm,
+        "moe/adjacency_entropy": health.adjacency_entropy,
+    }
+    for layer in moe_layers(record, COUPLED):
+        short = layer.replace("layer_", "L")
+        values[f"moe/{short}/similarity"] = record[f"moe/{layer}/{COUPLED}"]
+        values[f"moe/{short}/effective_rank"] = record.get(f"moe/{layer}/effective_rank")
     return values
 
 

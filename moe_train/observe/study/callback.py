@@ -5,13 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from moe_train.observe.study.result import write_study
+from moe_train.observe.study.result import Study, write_study
 
 
 class StudyCallback(Callback):
@@ -25,5 +26,9 @@ class StudyCallback(Callback):
         if os.environ.get("RANK", "0") != "0":
             return
         folder = Path(config.run.dir).expanduser()
-        study = write_study(sorted(folder.parent.glob(f"{glob.escape(folder.name)}-*")), folder)
+        study = self.write(sorted(folder.parent.glob(f"{glob.escape(folder.name)}-*")), folder)
         sys.stdout.write(f"study:   {study.table.resolve()}\npicture: {study.picture.resolve()}\n")
+
+    def write(self, run_dirs: Sequence[Path], output: Path) -> Study:
+        """Compare the runs and write the study into ``output``."""
+        return write_study(run_dirs, output)

@@ -19,14 +19,41 @@ FIGURES = {
 }
 """What is compared: names of the records' keys, with their headings."""
 # routing_study-study_gshard-seed_1 from a sweep, routing_study-gshard-seed_1 from a user's hand.
-NAME = re.compile(r"(?:.*-)?(?:study_)?(?P<variant>[^-]+)-seed_\d+")
+NAME = re.compile(r"(?:.*-)?(?:study_)?(?P<variant>[^-]+)-seed_(?P<seed>\d+)")
 FAMILIES = ("", "balance_", "capacity_")
 """Beginnings of variants' names, in the order of the table; those of routers have none."""
 
 
 @dataclass(frozen=True)
+class Finished:
+    """A run of a study that has its final evaluation.
+
+    Attributes:
+        run: what its folder holds.
+        variant: what it differs in, from its name.
+        seed: from its name.
+        loss: of the final evaluation, nats per token.
+    """
+
+    run: RunRecord
+    variant: str
+    seed: int
+    loss: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens it was trained on."""
+        return int(self.run.train[-1].get("tokens") or 0)
+
+    def told(self, size: str) -> int:
+        """Return ``parameters`` or ``active_parameters`` of the model, as the run told them at its start."""
+        started = next((event for event in self.run.events if size in event), {})
+        return int(started.get(size) or 0)
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """One finished run.
+    """One finished run of the routing study.
 
     Attributes:
         variant: what it differs in.
@@ -92,32 +119,41 @@ class Variant:
         return Spread(values) if values else None
 
 
-def read_outcome(run_dir: Path) -> Outcome | None:
-    """Return what the run in ``run_dir`` came to, or None when it is not finished or no run of a study."""
+def read_finished(run_dir: Path) -> Finished | None:
+    """Return the run in ``run_dir``, or None when it is not finished or no run of a study."""
     run = RunRecord.load(run_dir)
     named = NAME.fullmatch(run.name)
     loss = finite(run.evals[-1].get("loss")) if run.evals else None
     if named is None or loss is None or not run.train or run.evals[-1]["step"] != run.setting("train.steps"):
         return None
-    found = {name: routing_figure(run, name) for name in FIGURES if name != "loss"}
-    started = next((event for event in run.events if "active_parameters" in event), {})
+    return Finished(run, named["variant"], int(named["seed"]), loss)
+
+
+def read_outcome(run_dir: Path) -> Outcome | None:
+    """Return what the run in ``run_dir`` came to, or None when it is not finished or no run of a study."""
+    finished = read_finished(run_dir)
+    if finished is None:
+        return None
+    found = {name: late_mean(finished.run, name) for name in FIGURES if name != "loss"}
     return Outcome(
-        variant=named["variant"],
-        figures={"loss": loss, **{name: value for name, value in found.items() if value is not None}},
-        tokens=int(run.train[-1].get("tokens") or 0),
-        parameters=int(started.get("parameters") or 0),
-        active_parameters=int(started.get("active_parameters") or 0),
-        sees_future=run.setting("model.ffn.router.kind") == "expert_choice",
+        variant=finished.variant,
+        figures={"loss": finished.loss, **{name: value for name, value in found.items() if value is not None}},
+        tokens=finished.tokens,
+        parameters=finished.told("parameters"),
+        active_parameters=finished.told("active_parameters"),
+        sees_future=finished.run.setting("model.ffn.router.kind") == "expert_choice",
     )
 
 
-def routing_figure(run: RunRecord, name: str) -> float | None:
+def late_mean(run: RunRecord, name: str) -> float | None:
     """Return the mean of ``moe/<layer>/<name>`` over layers and over the train records of the last quarter of the run.
 
-    One record alone would tell of its batch; the first three quarters tell of the beginning.
+    One record alone would tell of its batch; the first three quarters tell of the beginning. Of a figure that is a list
+    (one value per graph layer) every value counts.
     """
     late = [record for record in run.train if record["step"] > 0.75 * run.train[-1]["step"]]
-    found = (finite(record.get(f"moe/{layer}/{name}")) for record in late for layer in run.layers)
+    told = (record.get(f"moe/{layer}/{name}") for record in late for layer in run.layers)
+    found = (finite(value) for values in told for value in (values if isinstance(values, list) else [values]))
     values = [value for value in found if value is not None]
     return statistics.mean(values) if values else None
 

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
-from moe_train.config import attention, model, routing, schema
+from moe_train.config import attention, graph, model, routing, schema
 from moe_train.config.base import Strict
 from moe_train.config.compose import compose_config
 from moe_train.config.groups import config_dir, options_of
@@ -34,8 +34,10 @@ PRIMARY: dict[str, tuple[type[BaseModel], list[str]]] = {
 """The files of the commands, with what must be given on the command line."""
 FILES = sorted(path.relative_to(config_dir()) for path in config_dir().rglob("*.yaml"))
 OPTIONS = [path for path in FILES if len(path.parts) > 1]
-SELECTORS = {"kind", "source", "scope"}
+SELECTORS = {"kind", "source", "scope", "expert"}
 """A file may name the option that it is, even where that is the default."""
+NEEDS = {"model/ffn/graph": ("model=graph_tiny",)}
+"""What must be chosen before an option of a group can be: routed presets have no graph to choose."""
 SIZES = {"num_experts", "top_k", "expert_dim", "hidden_dim"}
 """Sizes are what a preset is: another default must not make it another model. (A variant of the study changes what the
 experiment has set, possibly back to a default.)"""
@@ -45,6 +47,12 @@ experiment has set, possibly back to a default.)"""
 def compose(name: str, *overrides: str) -> BaseModel:
     model, required = PRIMARY[name]
     return compose_config(name, model, lambda config: [], [*required, *overrides])
+
+
+def composed_with(path: Path) -> BaseModel:
+    """The configuration of a training with the option that a file is."""
+    group = path.parent.as_posix()
+    return compose("train", *NEEDS.get(group, ()), f"{group}={path.stem}")
 
 
 def leaves(mapping: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -75,7 +83,7 @@ def test_every_command_composes(name: str) -> None:
 
 @pytest.mark.parametrize("path", OPTIONS, ids=str)
 def test_every_option_composes_and_takes_effect(path: Path) -> None:
-    config = compose("train", f"{path.parent.as_posix()}={path.stem}").model_dump(mode="json")
+    config = composed_with(path).model_dump(mode="json")
     for key, value in stated(path):
         found: Any = config
         for part in key:
@@ -119,17 +127,15 @@ def default_of(section: BaseModel, key: tuple[str, ...]) -> Any:
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_no_file_repeats_a_default(path: Path) -> None:
-    is_primary = len(path.parts) == 1
-    option = [] if is_primary else [f"{path.parent.as_posix()}={path.stem}"]
-    config = compose(path.stem if is_primary else "train", *option)
-    allowed = SELECTORS | {Path("model"): SIZES, Path("study"): {"router_lr_ratio"}}.get(path.parent, set())
+    config = compose(path.stem) if len(path.parts) == 1 else composed_with(path)
+    allowed = SELECTORS | {Path("model"): SIZES, Path("study"): SIZES | {"router_lr_ratio"}}.get(path.parent, set())
     repeated = [key for key, value in stated(path) if default_of(config, key) == value]
     assert [".".join(key) for key in repeated if key[-1] not in allowed] == []
 
 
 SECTIONS = [
     value
-    for module in (schema, model, attention, routing)
+    for module in (schema, model, attention, graph, routing)
     for value in vars(module).values()
     if isinstance(value, type) and issubclass(value, Strict) and value.__module__ == module.__name__
 ]

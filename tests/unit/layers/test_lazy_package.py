@@ -8,7 +8,7 @@ import pytest
 
 import moe_train
 
-LAYERS = ["DeepSeekMoE", "ExpertRouter", "MoELayer", "SwitchFFN"]
+LAYERS = ["DeepSeekMoE", "ExpertGraphConv", "ExpertRouter", "GraphCoupledMoE", "MoELayer", "SwitchFFN"]
 
 
 def python(code: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_train import DeepSeekMoE, ExpertRouter, MoELayer, SwitchFFN
+from moe_train import DeepSeekMoE, ExpertRouter, GraphCoupledMoE, MoELayer, SwitchFFN
 from moe_train.config.model import FFNConfig, ModelConfig
 from moe_train.errors import ConfigError
 from moe_train.models.build import build_moe
@@ -25,6 +25,10 @@ LAYERS: dict[str, Build] = {
     "SwitchFFN": lambda: SwitchFFN(DIM, 4, 12),
     "DeepSeekMoE": lambda: DeepSeekMoE(DIM, 1, 4, 2, 12, num_segments=3),
     "DeepSeekMoE without shared experts": lambda: DeepSeekMoE(DIM, 0, 4, 2, 12),
+    "GraphCoupledMoE": lambda: GraphCoupledMoE(DIM, 4, 12),
+    "GraphCoupledMoE of blocks": lambda: GraphCoupledMoE(
+        DIM, 4, 12, "block", orthogonality_loss_coef=0.1, adjacency="softmax", pooling="attention", combiner="linear"
+    ),
 }
 ROUTERS: dict[str, Build] = {
     kind: lambda kind=kind: ExpertRouter(DIM, 4, 2, kind, jitter_noise=0.1)  # type: ignore[misc]

@@ -17,6 +17,7 @@ from moe_train.models.counts import count
 from moe_train.models.sizes import seen_positions
 from moe_train.models.transformer import Transformer, build_model
 from moe_train.moe.exchange import LocalExchange
+from moe_train.moe.graph.record import GraphRecord
 from moe_train.ops.attention import causal_attention_reference
 
 EXPERTS = (".experts.gate_up", ".experts.down")
@@ -33,7 +34,8 @@ def built(config: ModelConfig) -> Transformer:
 def assert_counted(config: ModelConfig) -> None:
     """Total, MTP's part and both active counts, by the names of the built model's parameters."""
     size, parameters = count(config, VOCAB, seq_len=8), dict(built(config).named_parameters())
-    unused_share = 1 - config.ffn.top_k / config.ffn.num_experts if config.ffn.num_experts else 0
+    routed = config.ffn.num_experts and config.ffn.graph is None
+    unused_share = 1 - config.ffn.top_k / config.ffn.num_experts if routed else 0
     main = {name: p.numel() for name, p in parameters.items() if not name.startswith("mtp.")}
     experts = sum(numel for name, numel in main.items() if any(part in name for part in EXPERTS))
     assert size.total == sum(p.numel() for p in parameters.values())
@@ -41,7 +43,7 @@ def assert_counted(config: ModelConfig) -> None:
     assert size.main == sum(main.values())
     assert size.active == sum(main.values()) - round(experts * unused_share)
     embedding = 0 if config.tie_embeddings else main["embedding_VD"]
-    assert size.active_without_embedding == size.active - embedding
+    assert size.active_without_embedding == size.active - embedding - main.get("positions_SD", 0)
 
 
 @pytest.mark.parametrize("preset", options_of("model"))
@@ -79,6 +81,17 @@ ROUTERS = st.one_of(
     st.booleans().map(lambda bias: {"kind": "topk_softmax", "bias": bias}),
     st.sampled_from([1, 2]).map(lambda groups: {"kind": "hierarchical", "groups": groups}),
 )
+GRAPHS = st.fixed_dictionaries(
+    {
+        "expert": st.sampled_from(["ffn", "block"]),
+        "layers": FEW,
+        "adjacency": st.sampled_from(["sigmoid", "softmax", "none"]),
+        "similarity": st.sampled_from(["gate", "cosine", "dot"]),
+        "max_neighbors": st.none() | FEW,
+        "pooling": st.sampled_from(["mean", "attention", "weighted"]),
+        "combiner": st.sampled_from(["none", "linear", "gelu_norm"]),
+    }
+)
 FFNS = st.fixed_dictionaries(
     {
         "hidden_dim": WIDTHS,
@@ -95,20 +108,26 @@ FFNS = st.fixed_dictionaries(
         "first_dense": FEW,
         "router": ROUTERS,
         "balance": st.sampled_from([{}, {"aux": {}}]),
+        "graph": st.none() | GRAPHS,
     }
 )
-MODELS = st.fixed_dictionaries(
+MODELS_WITHOUT_HEAD = st.fixed_dictionaries(
     {
         "dim": st.sampled_from([8, 16]),
         "layers": st.integers(1, 5),
         "heads": st.sampled_from([2, 4]),
         "vocab_size": st.sampled_from([None, 40]),
-        "tie_embeddings": st.booleans(),
+        "norm": st.sampled_from(["rms", "layer"]),
+        "max_positions": st.sampled_from([None, 9]),
         "attention": GROUPED | LATENT,
         "ffn": FFNS,
         "mtp": st.fixed_dictionaries({"depth": FEW}),
     }
-).map(ModelConfig.model_validate)
+)
+HEADS = st.sampled_from(
+    [{"tie_embeddings": True}, {"tie_embeddings": False}, {"tie_embeddings": False, "head_bias": True}]
+)
+MODELS = st.builds(lambda model, head: ModelConfig.model_validate(model | head), MODELS_WITHOUT_HEAD, HEADS)
 
 
 @settings(max_examples=200, deadline=None)
@@ -178,6 +197,56 @@ def test_flops_of_the_forward_pass(variant: str, training: bool, monkeypatch: py
     expert = 2 * 3 * config.dim * config.ffn.expert_dim
     left_out = sum(ends) * config.ffn.top_k * expert if training else 0
     assert counter.get_total_flops() == per_token * tokens_BS.numel() - left_out
+
+
+GRAPHED = {
+    "networks": {},
+    "blocks": {"expert": "block"},
+    "no graph layers": {"layers": 0},
+    "no messages": {"layers": 3, "max_neighbors": 0},
+    "cosines, a query": {"expert": "block", "similarity": "cosine", "pooling": "attention"},
+    "products, learned weights, as the original": {"similarity": "dot", "pooling": "weighted", "combiner": "gelu_norm"},
+    "without logits, a map": {"adjacency": "none", "layers": 1, "combiner": "linear"},
+}
+"""Kinds of graph-coupled layers."""
+
+
+def graphed(self_edges: bool = True, **graph: object) -> ModelConfig:
+    """The small model with graph-coupled experts, in one of its two layers."""
+    graph = {"self_edges": self_edges} | graph
+    return changed(ffn={"graph": graph, "every": 2, "router": {"kind": "topk"}, "balance": {}}, mtp={"depth": 1})
+
+
+def flops_of_torch(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> int:
+    """What torch counts in a forward pass in evaluation; what only serves to look at the experts is left out."""
+    model, tokens_BS = build(config).eval(), random_tokens()
+    monkeypatch.setattr(attention, "causal_attention", causal_attention_reference)
+    monkeypatch.setattr(GraphRecord, "of", staticmethod(lambda *sums: None))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens_BS)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("graph", GRAPHED.values(), ids=GRAPHED.keys())
+def test_flops_of_a_graph(graph: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch does not count products of a matrix and a vector: it leaves out the scores of a learned query, E·D."""
+    config = graphed(**graph)
+    size, tokens = count(config, VOCAB, seq_len=8), random_tokens().numel()
+    queries = config.ffn.num_experts * config.dim if graph.get("pooling") == "attention" else 0
+    found = flops_of_torch(config, monkeypatch)
+    assert found == (size.forward_flops_per_token - 2 * queries) * tokens
+
+
+@pytest.mark.parametrize(("num_sources", "graph"), [(3, {}), (2, {"max_neighbors": 2})])
+def test_flops_of_edges_that_are_left_out(
+    num_sources: int, graph: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The closed form counts the edges there are; one product with all experts multiplies zeros for the others, too."""
+    config = graphed(self_edges=False, layers=2, **graph)
+    size, tokens = count(config, VOCAB, seq_len=8), random_tokens().numel()
+    zeros = 2 * 4 * (4 - num_sources) * 2 * config.dim
+    found = flops_of_torch(config, monkeypatch)
+    assert found in {(size.forward_flops_per_token + extra) * tokens for extra in (0, zeros)}
 
 
 def test_backward_costs_twice_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:

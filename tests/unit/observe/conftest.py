@@ -20,18 +20,9 @@ def causes(prefix: str, dropped: float) -> dict[str, float]:
     }
 
 
-def train_record(
-    step: int,
-    layers: int = 4,
-    experts: int = 8,
-    drop: float = 0.0,
-    bias: bool = False,
-    ahead: bool = False,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """A train record with a falling loss; the experts of deeper layers start out more uneven and even out."""
-    random = np.random.default_rng([seed, step])
-    record: dict[str, Any] = {
+def step_record(step: int, random: np.random.Generator) -> dict[str, Any]:
+    """A train record with a falling loss, and nothing about experts."""
+    return {
         "kind": "train",
         "step": step,
         "loss": 3.0 + 5.3 * math.exp(-step / 80) + float(random.normal(0, 0.05)),
@@ -47,6 +38,20 @@ def train_record(
         "memory_gib": 1.9,
         "mfu": None,
     }
+
+
+def train_record(
+    step: int,
+    layers: int = 4,
+    experts: int = 8,
+    drop: float = 0.0,
+    bias: bool = False,
+    ahead: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """A train record of a routed model; the experts of deeper layers start out more uneven and even out."""
+    random = np.random.default_rng([seed, step])
+    record = step_record(step, random)
     if ahead:
         record["mtp_loss"] = record["loss"] + 0.4
     for layer in range(layers):
@@ -68,13 +73,40 @@ def train_record(
     return record
 
 
-def write_run(run_dir: Path, steps: int = 400, every: int = 10, **shape: Any) -> Path:
-    """Write a run folder; ``shape`` goes to train_record."""
+def graph_record(
+    step: int, layers: int = 4, experts: int = 4, depth: int = 2, signed: bool = False, seed: int = 0
+) -> dict[str, Any]:
+    """A train record of graph-coupled experts that become alike; ``depth`` graph layers, 0: without messages.
+
+    With ``signed`` similarities, half of the messages are negative.
+    """
+    record = step_record(step, np.random.default_rng([seed, step])) | {"aux_loss": None, "orthogonality_loss": 0.2}
+    grown = 1 - math.exp(-step / 150)
+    for layer in range(layers):
+        random = np.random.default_rng([seed, layer])
+        alike = 0.9 * grown * (layer + 1) / layers * (experts > 1)
+        prefix = f"moe/layer_{layer:02d}"
+        record[f"{prefix}/similarity"] = alike
+        record[f"{prefix}/cosines"] = (np.eye(experts) * (1 - alike) + alike).tolist()
+        record[f"{prefix}/effective_rank"] = 1 + (experts - 1) * (1 - alike)
+        logits = random.normal(0, 1, (depth, experts, experts)) * (1 + grown)
+        weights = (1 - np.eye(experts)) / (1 + np.exp(-logits))
+        matches = random.uniform(-1 if signed else 0, 1, weights.shape)
+        record[f"{prefix}/message_strength"] = (weights * matches).tolist()
+        record[f"{prefix}/message_norm"] = (weights.mean(axis=(1, 2)) * (1 + grown)).tolist()
+        if depth:
+            record[f"{prefix}/adjacency"] = weights.tolist()
+            record[f"{prefix}/adjacency_entropy"] = 0.9 * math.log(max(1, experts - 1)) * (1 - 0.2 * grown)
+    return record
+
+
+def write_run(run_dir: Path, steps: int = 400, every: int = 10, coupled: bool = False, **shape: Any) -> Path:
+    """Write a run folder; ``shape`` goes to train_record, or to graph_record for coupled experts."""
     records: list[dict[str, Any]] = [
         {"kind": "event", "step": 0, "event": "started", "parameters": 11_400_000, "active_parameters": 4_100_000}
     ]
     for step in range(every, steps + 1, every):
-        records.append(train_record(step, **shape))
+        records.append(graph_record(step, **shape) if coupled else train_record(step, **shape))
         if step % (10 * every) == 0:
             loss = 3.1 + 5.2 * math.exp(-step / 80)
             heldout = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / 1.6}
@@ -104,3 +136,31 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything in it, to be read only."""
     return write_run(tmp_path_factory.mktemp("whole") / "run", drop=0.05, bias=True)
+
+
+@pytest.fixture(scope="session")
+def whole_graph_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a run with graph-coupled experts."""
+    return write_run(tmp_path_factory.mktemp("whole_graph") / "run", coupled=True)
+
+
+@pytest.fixture
+def coupled_record() -> dict[str, Any]:
+    """A train record of two layers of graph-coupled experts, with round figures."""
+    return {
+        "kind": "train",
+        "step": 120,
+        "loss": 3.0,
+        "orthogonality_loss": 0.125,
+        "moe/layer_01/similarity": 0.25,
+        "moe/layer_01/cosines": [[1.0, 0.25], [0.25, 1.0]],
+        "moe/layer_01/effective_rank": 3.0,
+        "moe/layer_01/message_strength": [[[0.0, 0.5], [0.25, 0.0]]] * 2,
+        "moe/layer_01/message_norm": [0.2, 0.4],
+        "moe/layer_01/adjacency": [[[0.0, 1.0], [0.5, 0.0]]] * 2,
+        "moe/layer_01/adjacency_entropy": 0.5,
+        "moe/layer_03/similarity": 0.5,
+        "moe/layer_03/effective_rank": 2.0,
+        "moe/layer_03/message_norm": [0.9, None],
+        "moe/layer_03/adjacency_entropy": 1.5,
+    }

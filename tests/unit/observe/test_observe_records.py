@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_train.observe.records import expert_health, finite, load_imbalance, parse_record, to_json
+from moe_train.observe.records import (
+    COUPLED,
+    ROUTED,
+    expert_health,
+    finite,
+    graph_health,
+    load_imbalance,
+    moe_layers,
+    parse_record,
+    to_json,
+)
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats() | st.text(),
@@ -92,3 +102,45 @@ def test_health_of_a_record_without_numbers_is_unknown_not_zero():
 
 def test_a_dense_model_has_no_health():
     assert expert_health({"kind": "train", "step": 1, "loss": 2.0}) is None
+
+
+def test_layers_are_told_apart_by_their_figures():
+    keys = [
+        "loss",
+        "moe/layer_03/load",
+        "moe/layer_01/load",
+        "moe/layer_02/similarity",
+        "moe/x/load",
+        "moe/layer_02/cos",
+    ]
+    assert moe_layers([*keys, *keys], ROUTED) == ["layer_01", "layer_03"]
+    assert moe_layers(keys, COUPLED) == ["layer_02"]
+
+
+def test_health_of_coupled_experts_names_the_most_alike_and_averages_the_rest(coupled_record):
+    health = graph_health(coupled_record)
+    assert health is not None
+    assert (health.similarity, health.worst_layer) == (0.5, "layer_03")
+    assert health.effective_rank == pytest.approx(2.5)
+    assert health.message_norm == pytest.approx((0.2 + 0.4 + 0.9) / 3)  # the null is no zero
+    assert health.adjacency_entropy == pytest.approx(1.0)
+    assert expert_health(coupled_record) is None
+
+
+def test_a_layer_without_a_finite_similarity_is_not_the_worst(coupled_record):
+    health = graph_health(coupled_record | {"moe/layer_03/similarity": math.nan, "moe/layer_01/similarity": -0.1})
+    assert health is not None
+    assert (health.similarity, health.worst_layer) == (-0.1, "layer_01")
+
+
+@pytest.mark.parametrize("norm", [None, [], "torn", [None], [math.inf]])
+def test_health_of_coupled_experts_without_numbers_is_unknown_not_zero(norm):
+    record = {"kind": "train", "step": 1, "moe/layer_01/similarity": None, "moe/layer_01/message_norm": norm}
+    health = graph_health(record)
+    assert health is not None and health.worst_layer == "layer_01"
+    values = (health.similarity, health.effective_rank, health.message_norm, health.adjacency_entropy)
+    assert values == (None, None, None, None)
+
+
+def test_routed_experts_have_no_health_of_a_graph():
+    assert graph_health({"kind": "train", "step": 1, "moe/layer_01/load": [0.5, 0.5]}) is None

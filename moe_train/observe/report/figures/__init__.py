@@ -1,6 +1,6 @@
 """The figures of the report, one per file: each has ``TITLE``, ``CAPTION``, ``ABSENT`` and ``draw``.
 
-To add one, write its file and name it in ``FIGURES``.
+To add one, write its file and name it in the list of the runs that it speaks of.
 """
 
 from __future__ import annotations
@@ -8,12 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from moe_train.observe.report.figures import (
+    adjacency_entropy,
     balance,
     bias_range,
     dropped,
     entropy,
     expert_load,
+    expert_similarity,
+    graph_weights,
     loss,
+    message_norm,
     overflow,
     step_time,
     throughput,
@@ -38,15 +42,17 @@ class FigureModule(Protocol):
         """Return the figure, or None when the run has nothing for it."""
 
 
-FIGURES: tuple[FigureModule, ...] = (
-    loss,
-    throughput,
-    step_time,
-    expert_load,
-    balance,
-    bias_range,
-    dropped,
-    overflow,
-    entropy,
-)
-"""All figures, in the order of the page."""
+OF_ALL: tuple[FigureModule, ...] = (loss, throughput, step_time)
+"""Figures of every run, in the order of the page."""
+OF_ROUTED: tuple[FigureModule, ...] = (expert_load, balance, bias_range, dropped, overflow, entropy)
+"""Figures of runs whose layers have routers."""
+OF_COUPLED: tuple[FigureModule, ...] = (expert_similarity, graph_weights, message_norm, adjacency_entropy)
+"""Figures of runs whose experts are coupled by a graph."""
+
+
+def figures_of(run: RunRecord) -> tuple[FigureModule, ...]:
+    """Return the figures that speak of this run's kind of layers; one whose kind is not known counts as routed."""
+    # Before its first record a run is known by its configuration alone.
+    coupled = bool(run.graph_layers) or run.setting("model.ffn.graph") is not None
+    routed = bool(run.routed_layers) or not coupled
+    return OF_ALL + OF_ROUTED * routed + OF_COUPLED * coupled

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from moe_train.observe.report.drawing import INK, draw_per_layer, layer_series, new_figure
+from moe_train.observe.report.drawing import draw_bound, draw_per_layer, layer_series, new_figure
 from moe_train.observe.report.record import RunRecord
 
 if TYPE_CHECKING:
@@ -29,16 +29,7 @@ def draw(run: RunRecord) -> Figure | None:
     experts = {run.loads(layer)[1].shape[-1] for layer in lines}
     if len(experts) == 1:
         num_experts = experts.pop()
-        axes.axhline(math.log(num_experts), color=INK, linewidth=1, linestyle="--")
-        axes.annotate(
-            f"ln {num_experts}",
-            xy=(1, math.log(num_experts)),
-            xycoords=("axes fraction", "data"),
-            xytext=(-2, -3),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-        )
+        draw_bound(axes, math.log(num_experts), f"ln {num_experts}")
     axes.set_ylim(bottom=0)
     axes.set(xlabel="optimizer step", ylabel="entropy (nats)")
     return figure

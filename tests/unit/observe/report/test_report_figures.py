@@ -6,12 +6,27 @@ import pytest
 
 from moe_train.observe.report import RunRecord
 from moe_train.observe.report.drawing import MOST_POINTS, STYLE, embed, smoothed, thinned
-from moe_train.observe.report.figures import FIGURES, bias_range, dropped, expert_load, overflow
+from moe_train.observe.report.figures import (
+    OF_ALL,
+    OF_COUPLED,
+    OF_ROUTED,
+    bias_range,
+    dropped,
+    expert_load,
+    figures_of,
+    loss,
+    overflow,
+)
 from moe_train.observe.report.figures.expert_load import binned
 from moe_train.observe.report.figures.loss import unigram_loss
 from moe_train.observe.report.record import Series
 
-names = [module.__name__.rpartition(".")[2] for module in FIGURES]
+FIGURES = OF_ALL + OF_ROUTED + OF_COUPLED
+UNKNOWN = {"loss": None, "step_ms": None, "moe/layer_00/load": None, "moe/layer_00/similarity": None}
+
+
+def name_of(module):
+    return module.__name__.rpartition(".")[2]
 
 
 @pytest.fixture(autouse=True)
@@ -24,40 +39,42 @@ def lines_of(axes):
     return {line.get_label(): line.get_xydata() for line in axes.get_lines()}
 
 
-@pytest.mark.parametrize("module", FIGURES, ids=names)
-def test_every_figure_is_titled_drawn_and_embeds(module, whole_run):
+@pytest.mark.parametrize("module", FIGURES, ids=name_of)
+def test_every_figure_is_titled_drawn_and_embeds(module, whole_run, whole_graph_run):
     assert module.TITLE and module.CAPTION.endswith(".") and module.ABSENT.endswith(".")
-    figure = module.draw(RunRecord.load(whole_run))
+    figure = module.draw(RunRecord.load(whole_graph_run if module in OF_COUPLED else whole_run))
     assert figure is not None
     for axes in figure.axes:
-        assert axes.axison is False or axes.images or axes.get_ylabel() or axes.get_label() == "<colorbar>"
+        labelled = axes.get_ylabel() or axes.get_xlabel() or axes.get_label() == "<colorbar>"
+        assert axes.axison is False or axes.images or labelled
     html = embed(figure, module.TITLE)
     assert (html.startswith("<svg") and "currentColor" in html) or html.startswith("<img")
 
 
-@pytest.mark.parametrize("module", FIGURES, ids=names)
+@pytest.mark.parametrize("module", FIGURES, ids=name_of)
 def test_no_figure_is_drawn_from_nothing(module, tmp_path):
     assert module.draw(RunRecord.load(tmp_path)) is None
 
 
-@pytest.mark.parametrize("module", FIGURES, ids=names)
-@pytest.mark.parametrize("record", [{}, {"loss": None, "step_ms": None, "moe/layer_00/load": None}])
+@pytest.mark.parametrize("module", FIGURES, ids=name_of)
+@pytest.mark.parametrize("record", [{}, UNKNOWN], ids=["empty", "null"])
 def test_no_figure_is_drawn_from_unknown_values(module, record, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 1, **record}))
     assert module.draw(RunRecord.load(tmp_path)) is None
 
 
-@pytest.mark.parametrize("module", FIGURES, ids=names)
+@pytest.mark.parametrize("module", FIGURES, ids=name_of)
 @pytest.mark.parametrize("shape", [{"steps": 1, "every": 1}, {"steps": 20, "layers": 1}, {"steps": 20, "layers": 9}])
 def test_figures_of_odd_shapes(module, shape, make_run):
-    figure = module.draw(RunRecord.load(make_run(drop=0.1, bias=True, **shape)))
+    options = {"coupled": True} if module in OF_COUPLED else {"drop": 0.1, "bias": True}
+    figure = module.draw(RunRecord.load(make_run(**options, **shape)))
     assert figure is not None
     figure.draw_without_rendering()
 
 
 def test_the_loss_figure_shows_training_heldout_and_baseline(whole_run):
     run = RunRecord.load(whole_run)
-    figure = FIGURES[0].draw(run)
+    figure = loss.draw(run)
     assert figure is not None
     lines = lines_of(figure.axes[0])
     np.testing.assert_allclose(lines["held-out"][:, 0], [100, 200, 300, 400])
@@ -67,9 +84,9 @@ def test_the_loss_figure_shows_training_heldout_and_baseline(whole_run):
 
 def test_the_loss_figure_shows_multi_token_prediction_where_there_is_any(make_run, whole_run):
     run = RunRecord.load(make_run(steps=100, ahead=True))
-    lines = lines_of(FIGURES[0].draw(run).axes[0])
+    lines = lines_of(loss.draw(run).axes[0])
     np.testing.assert_allclose(lines["further ahead"][:, 1], [record["mtp_loss"] for record in run.train])
-    assert "further ahead" not in lines_of(FIGURES[0].draw(RunRecord.load(whole_run)).axes[0])
+    assert "further ahead" not in lines_of(loss.draw(RunRecord.load(whole_run)).axes[0])
 
 
 def test_the_unigram_baseline_in_nats_per_token():
@@ -109,7 +126,7 @@ def test_the_heat_map_averages_over_time():
 )
 def test_drops_and_bias_are_drawn_only_where_there_are_any(options, absent, make_run):
     run = RunRecord.load(make_run(steps=100, **options))
-    drawn = {module.TITLE: module.draw(run) for module in FIGURES}
+    drawn = {module.TITLE: module.draw(run) for module in figures_of(run)}
     assert [title for title, figure in drawn.items() if figure is None] == absent
 
 

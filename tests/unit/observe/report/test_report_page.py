@@ -8,7 +8,7 @@ import pytest
 
 from moe_train.observe.report import RunRecord, sections, write_report
 from moe_train.observe.report import page as page_module
-from moe_train.observe.report.figures import FIGURES
+from moe_train.observe.report.figures import OF_ALL, OF_COUPLED, OF_ROUTED
 from moe_train.observe.report.reproduce import launch_command
 from moe_train.observe.report.sections import MOST_CHARACTERS, figure
 
@@ -48,7 +48,7 @@ class Outline(HTMLParser):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Pages without figures, for tests of the text around them: drawing is most of a page's time."""
-    monkeypatch.setattr(sections, "FIGURES", ())
+    monkeypatch.setattr(sections, "figures_of", lambda run: ())
 
 
 def page_of(run_dir):
@@ -64,7 +64,7 @@ def test_the_page_of_a_whole_run(whole_page):
     outline = Outline(whole_page)
     assert outline.headings == [
         "made_up",
-        *(module.TITLE for module in FIGURES),
+        *(module.TITLE for module in OF_ALL + OF_ROUTED),
         "Text samples",
         "Events",
         "How to reproduce",
@@ -75,6 +75,30 @@ def test_the_page_of_a_whole_run(whole_page):
     assert "torchrun --standalone --nproc-per-node=2 -m moe_train.train run.name=made_up" in outline.text
     assert "What light <through> yonder & window breaks?" in outline.text
     assert "step_00000400" in outline.text and "commit 0123456789ab with local changes" in outline.text
+
+
+def test_the_page_of_graph_coupled_experts_speaks_of_no_router(whole_graph_run):
+    html = page_of(whole_graph_run)
+    headings = Outline(html).headings
+    assert headings[1:8] == [module.TITLE for module in OF_ALL + OF_COUPLED] and headings[8] == "Text samples"
+    assert "Could not be drawn" not in html and all(module.ABSENT not in html for module in OF_COUPLED)
+
+
+@pytest.mark.parametrize("graph", [{"layers": 2}, None], ids=["coupled", "routed"])
+def test_before_its_first_record_a_run_is_known_by_its_configuration(graph, tmp_path):
+    (tmp_path / "config.yaml").write_text(json.dumps({"model": {"ffn": {"graph": graph}}}))
+    shown = {module for module in OF_ROUTED + OF_COUPLED if module.TITLE in Outline(page_of(tmp_path)).headings}
+    assert shown == set(OF_ROUTED if graph is None else OF_COUPLED)
+
+
+def test_a_folder_with_records_of_both_kinds_shows_both(make_run):
+    run_dir = make_run(steps=20, layers=1)
+    coupled = {"kind": "train", "step": 30, "moe/layer_00/similarity": 0.5, "moe/layer_00/effective_rank": 1.5}
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(coupled) + "\n")
+    html = page_of(run_dir)
+    assert {module.TITLE for module in OF_ROUTED + OF_COUPLED} <= set(Outline(html).headings)
+    assert "Could not be drawn" not in html
 
 
 def test_the_page_needs_nothing_from_outside(whole_page):
@@ -183,6 +207,12 @@ def test_long_texts_are_cut_and_say_so(make_run, no_figures):
 @pytest.mark.slow
 def test_the_page_of_a_large_model_stays_under_two_megabytes(make_run):
     path = write_report(make_run(steps=1000, layers=61, experts=256, drop=0.02))
+    assert path.stat().st_size < 2_000_000
+
+
+@pytest.mark.slow
+def test_the_page_of_many_coupled_experts_stays_under_two_megabytes(make_run):
+    path = write_report(make_run(steps=400, coupled=True, layers=24, experts=16, depth=3))
     assert path.stat().st_size < 2_000_000
 
 

@@ -2,6 +2,7 @@ import json
 import math
 
 import numpy as np
+import pytest
 
 from moe_train.observe.report import RunRecord
 from moe_train.observe.report.summary import tiles
@@ -51,6 +52,40 @@ def test_loads_are_one_row_per_step_and_keep_the_last_shape(tmp_path):
     steps, loads = run.loads("layer_01")
     assert steps.tolist() == [2, 4]
     np.testing.assert_array_equal(loads, [[0.75, 0.25], [0.5, math.nan]])
+
+
+def test_layers_of_both_kinds(tmp_path):
+    keys = {"moe/layer_03/load": None, "moe/layer_01/similarity": 0.5, "moe/layer_01/cosines": []}
+    run = written(tmp_path, {"kind": "train", "step": 1, **keys}, {"kind": "train", "step": 2})
+    assert (run.layers, run.routed_layers, run.graph_layers) == (["layer_01", "layer_03"], ["layer_03"], ["layer_01"])
+
+
+TORN = [None, 1.0, "x", [], [[]], [[1.0, 2.0]], [[1.0], [2.0, 3.0]], [[None]], [[[1.0]], [[1.0, 2.0]]], [[[[1.0]]]]]
+
+
+def test_the_first_and_the_last_matrices_of_the_last_shape(tmp_path):
+    key = "moe/layer_00/adjacency"
+    stacks = [[[[0.0]]], [[[0.0, 0.1], [0.2, None]]], [[[0.0, 0.3], [0.4, "x"]]], [[[0.0, 0.5], [0.6, 0.0]]]]
+    values = [*TORN, stacks[0], *TORN, *stacks[1:], *TORN]
+    run = written(tmp_path, *({"kind": "train", "step": step, key: value} for step, value in enumerate(values)))
+    first, last = run.first_and_last("layer_00", "adjacency")
+    assert (first.step, last.step) == (21, 23)
+    np.testing.assert_array_equal(first.values, [[[0.0, 0.1], [0.2, math.nan]]])
+    np.testing.assert_array_equal(last.values, stacks[3])
+    assert run.first_and_last("layer_01", "adjacency") is None
+
+
+def test_one_matrix_is_a_stack_of_one_and_one_record_is_first_and_last(tmp_path):
+    run = written(tmp_path, {"kind": "train", "step": 7, "moe/layer_00/cosines": [[1.0, 0.5], [0.5, 1.0]]})
+    first, last = run.first_and_last("layer_00", "cosines")
+    assert first.step == last.step == 7
+    np.testing.assert_array_equal(last.values, [[[1.0, 0.5], [0.5, 1.0]]])
+
+
+@pytest.mark.parametrize("value", TORN)
+def test_what_is_no_matrix_is_not_found(value, tmp_path):
+    run = written(tmp_path, {"kind": "train", "step": 1, "moe/layer_00/cosines": value})
+    assert run.first_and_last("layer_00", "cosines") is None
 
 
 def test_settings_are_found_by_dotted_path(make_run):

@@ -42,8 +42,9 @@ class Clock:
         return self.now
 
 
-def started(stream, tmp_path, start_step=0, clock=None, name="demo"):
-    config = TrainConfig.model_validate({"run": {"name": name}, "train": {"steps": 1000}})
+def started(stream, tmp_path, start_step=0, clock=None, name="demo", graph=None):
+    model = {"ffn": {"graph": graph}}
+    config = TrainConfig.model_validate({"run": {"name": name}, "train": {"steps": 1000}, "model": model})
     sink = ConsoleSink(stream, clock or Clock())
     sink.start(RunContext(tmp_path, config, start_step))
     return sink
@@ -60,6 +61,29 @@ def test_the_line_of_a_train_record(tmp_path):
         "step 120/1000 12% | loss 3.412 (ema 3.41) | gnorm 0.81 | lr 3.0e-04 | 41.2k tok/s | mfu 31% | mem 9.5G | "
         "data 2% | imb 1.18 dead 0 drop 0.4% | eta -"
     ]
+
+
+def test_the_line_of_coupled_experts(tmp_path, coupled_record):
+    stream = io.StringIO()
+    started(stream, tmp_path).write(coupled_record)
+    (line,) = lines_after_header(stream)
+    assert line.endswith("| data - | sim 0.50 rank 2.50 msg 0.50 | eta -")
+
+
+def test_coupled_experts_without_messages(tmp_path, coupled_record):
+    stream = io.StringIO()
+    silent = {key: value for key, value in coupled_record.items() if "adjacency" not in key}
+    started(stream, tmp_path).write({key: [] if "message" in key else value for key, value in silent.items()})
+    assert lines_after_header(stream)[0].endswith("| sim 0.50 rank 2.50 msg - | eta -")
+
+
+def test_the_legend_explains_the_fields_that_the_run_has(tmp_path):
+    routed, coupled = io.StringIO(), io.StringIO()
+    started(routed, tmp_path)
+    started(coupled, tmp_path, graph={})
+    legends = [stream.getvalue().splitlines()[1] for stream in (routed, coupled)]
+    assert [re.findall(r"(\S+):", legend)[-2:] for legend in legends] == [["imb", "drop"], ["rank", "msg"]]
+    assert "imb" not in legends[1]
 
 
 def test_new_figures_of_routing_do_not_lengthen_the_line(tmp_path):
@@ -127,6 +151,16 @@ def test_on_a_terminal_lines_stay_and_the_status_goes(tmp_path, monkeypatch):
     assert "[bold]not markup[/bold]" in shown
     assert "worst layer_00" in shown  # the status was there
     assert "\x1b[?25l" in shown and shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # and gave the cursor back
+
+
+def test_the_status_names_the_layer_whose_experts_are_most_alike(tmp_path, monkeypatch, coupled_record):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = Terminal()
+    sink = started(stream, tmp_path)
+    sink.write(coupled_record)
+    sink.close("finished")
+    assert "experts: sim 0.50 rank 2.50 msg 0.50   worst layer_03" in stream.getvalue()
 
 
 def test_a_resumed_run_shows_where_it_goes_on(tmp_path, monkeypatch):

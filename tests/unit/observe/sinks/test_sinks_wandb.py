@@ -123,6 +123,21 @@ def test_new_balance_losses_are_logged_and_causes_of_drops_stay_in_the_file():
     assert dict(extra) == {"train/importance_loss": 0.5, "train/load_loss": 0.25, "train/device_loss": 1.0}
 
 
+def test_names_of_a_record_of_coupled_experts_and_no_nested_lists(coupled_record):
+    assert wandb_values(coupled_record) == {
+        "train/loss": 3.0,
+        "train/orthogonality_loss": 0.125,
+        "moe/similarity": 0.5,
+        "moe/effective_rank": 2.5,
+        "moe/message_norm": pytest.approx(0.5),
+        "moe/adjacency_entropy": 1.0,
+        "moe/L01/similarity": 0.25,
+        "moe/L01/effective_rank": 3.0,
+        "moe/L03/similarity": 0.5,
+        "moe/L03/effective_rank": 2.0,
+    }
+
+
 def test_names_of_eval_and_event():
     record = {"kind": "eval", "step": 20, "loss": 3.1, "perplexity": 22.2, "bits_per_byte": 2.0}
     assert wandb_values(record) == {"val/loss": 3.1, "val/perplexity": 22.2, "val/bits_per_byte": 2.0}
