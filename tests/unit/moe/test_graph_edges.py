@@ -44,7 +44,7 @@ def with_logits(conv: GraphConv, logits_EE: Tensor) -> GraphConv:
 def without_messages(conv: GraphConv) -> GraphConv:
     """Each expert for itself, with the same own map; what is left of no message is the bias of its map."""
     _, num_experts = conv.messages.adjacency.logits_EE.shape
-    alone = conv_of(num_experts, GraphConfig(max_neighbors=0))
+    alone = conv_of(num_experts, GraphConfig(max_neighbors=0, prenorm=conv.prenorm))
     with torch.no_grad():
         alone.own.weight.copy_(conv.own.weight)
         alone.own.bias.copy_(conv.own.bias + conv.messages.map.bias)
@@ -141,7 +141,7 @@ def test_one_expert_alone(self_edges: bool, similarity: str) -> None:
         if not self_edges and messages is not None:
             assert not messages.received_TED.any()
             assert not conv.messages.adjacency(h_TED.device).any()
-            z_TED = conv.own(h_TED) + conv.messages.map.bias
+            z_TED = conv.own(conv.read(h_TED)) + conv.messages.map.bias
             assert_close([y_TED], [h_TED + F.gelu(z_TED)])
         y_TED.square().sum().backward()
         for name, parameter in [("input", h_TED), *conv.named_parameters()]:

@@ -33,8 +33,12 @@ CHANGED = {
     "graph_self": {"self_edges": True},
     "graph_neighbors1": {"max_neighbors": 1},
     "graph_orthogonal": {"orthogonality": 0.1},
-    "graph_block": {"expert": "block"},
-    "silent_block": {"expert": "block", "max_neighbors": 0},
+    "graph_plain": {"prenorm": False},
+    "silent_plain": {"prenorm": False, "max_neighbors": 0},
+    "graph_original": {"prenorm": False, "combiner": "gelu_norm"},
+    "silent_original": {"prenorm": False, "combiner": "gelu_norm", "max_neighbors": 0},
+    "graph_block": {"expert": "block", "combiner": "gelu_norm"},
+    "silent_block": {"expert": "block", "combiner": "gelu_norm", "max_neighbors": 0},
 }
 
 
@@ -111,7 +115,7 @@ def test_sizes_are_what_their_names_say():
 def test_the_others_change_one_thing_in_the_base(variant):
     base, ffn = composed("graph_e4").model.ffn, composed(variant).model.ffn
     assert ffn.model_dump() | {"graph": None} == base.model_dump() | {"graph": None}
-    assert ffn.graph == GraphConfig(**CHANGED[variant]) != base.graph
+    assert ffn.graph == GraphConfig(**{"prenorm": True, **CHANGED[variant]}) != base.graph
 
 
 def test_the_experiments_run_every_variant_once():
