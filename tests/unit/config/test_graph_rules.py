@@ -152,8 +152,11 @@ def test_a_balance_loss_of_a_preset_that_does_not_route() -> None:
 
 
 def test_a_kind_of_experts_is_a_choice() -> None:
-    assert composed("model=graph_tiny", "model/ffn/graph=block").model.ffn.graph == GraphConfig(expert="block")
-    assert composed("model=graph_block_tiny", "model/ffn/graph=ffn").model.ffn.graph == GraphConfig()
+    for preset, own, other in (("graph_tiny", "ffn", "block"), ("graph_block_tiny", "block", "ffn")):
+        graph = composed(f"model={preset}").model.ffn.graph
+        assert graph is not None and graph.expert == own
+        changed = composed(f"model={preset}", f"model/ffn/graph={other}").model.ffn.graph
+        assert changed == graph.model_copy(update={"expert": other})
     (told,) = refusals("model=sparse_tiny", "model/ffn/graph=ffn").values()
     assert told.startswith("model/ffn/graph: the chosen preset has no such choice; choose another")
     made = composed("model=dense_tiny", "+model/ffn/graph=ffn", "model.ffn.num_experts=4").model.ffn

@@ -128,7 +128,8 @@ def default_of(section: BaseModel, key: tuple[str, ...]) -> Any:
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_no_file_repeats_a_default(path: Path) -> None:
     config = compose(path.stem) if len(path.parts) == 1 else composed_with(path)
-    allowed = SELECTORS | {Path("model"): SIZES, Path("study"): SIZES | {"router_lr_ratio"}}.get(path.parent, set())
+    by_folder = {Path("model"): SIZES, Path("study"): SIZES | {"router_lr_ratio", "prenorm"}}
+    allowed = SELECTORS | by_folder.get(path.parent, set())
     repeated = [key for key, value in stated(path) if default_of(config, key) == value]
     assert [".".join(key) for key in repeated if key[-1] not in allowed] == []
 
