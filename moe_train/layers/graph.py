@@ -53,6 +53,7 @@ class ExpertGraphConv(nn.Module):
             or none (no logits: 1 everywhere).
         similarity: a_ij: gate, cosine of h_i and h_j, or dot, sigmoid(h_i·h_j / sqrt(D)).
         normalize: A_ij is divided by nothing (none), by the number of sources (count) or by Σ_j A_ij (degree).
+        prenorm: whether h / rms(h) is read instead of h; the residual is h itself.
         self_edges: whether an expert sends messages to itself, too.
         max_neighbors: sources per expert, those with the largest logits; None: all; 0: no messages.
 
@@ -68,6 +69,7 @@ class ExpertGraphConv(nn.Module):
         similarity: str = "gate",
         normalize: str = "none",
         *,
+        prenorm: bool = False,
         self_edges: bool = False,
         max_neighbors: int | None = None,
     ) -> None:
@@ -76,7 +78,8 @@ class ExpertGraphConv(nn.Module):
         check(positive(dim=dim, num_experts=num_experts), words(**graph), edge_refusals(num_experts, adjacency, edges))
         super().__init__()
         self.num_experts = num_experts
-        self.conv = GraphConv(dim, num_experts, GraphConfig.model_validate({**graph, **edges}), INIT_STD)
+        config = GraphConfig.model_validate({**graph, **edges, "prenorm": prenorm})
+        self.conv = GraphConv(dim, num_experts, config, INIT_STD)
         fill(self)
 
     def forward(self, h_BSED: Tensor) -> Tensor:
@@ -123,9 +126,10 @@ class GraphCoupledMoE(nn.Module):
         expert: ffn (a feed-forward network) or block (a transformer block with attention, norms and residuals).
         num_heads: heads of a block; None: 64 wide ones, at least one.
         gnn_layers: rounds of messages.
-        adjacency: see `ExpertGraphConv`, as for the next four.
+        adjacency: see `ExpertGraphConv`, as for the next five.
         similarity: gate, cosine or dot.
         normalize: none, count or degree.
+        prenorm: whether rounds of messages read h / rms(h).
         self_edges: whether an expert sends messages to itself, too.
         max_neighbors: sources per expert; None: all.
         pooling: mean, attention (a learned query on what the experts hold) or weighted (learned, for all tokens alike).
@@ -149,6 +153,7 @@ class GraphCoupledMoE(nn.Module):
         adjacency: str = "sigmoid",
         similarity: str = "gate",
         normalize: str = "none",
+        prenorm: bool = False,
         self_edges: bool = False,
         max_neighbors: int | None = None,
         pooling: str = "mean",
@@ -170,7 +175,7 @@ class GraphCoupledMoE(nn.Module):
             head_refusals(dim, expert, num_heads, heads),
         )
         super().__init__()
-        graph = {**kinds, **edges, "layers": gnn_layers, "orthogonality": orthogonality_loss_coef}
+        graph = {**kinds, **edges, "prenorm": prenorm, "layers": gnn_layers, "orthogonality": orthogonality_loss_coef}
         ffn = {"num_experts": num_experts, "expert_dim": hidden_dim, "expert_activation": activation, "graph": graph}
         config = layer_model(dim, heads, ffn | {"expert_bias": True})
         assert config.ffn.graph is not None, "stated above"

@@ -50,7 +50,7 @@ class GraphHealth:
         similarity: the mean cosine between what two experts add, in the layer where it is largest; 1.0 is collapse.
         worst_layer: name of that layer.
         effective_rank: mean over layers of the effective rank of the experts' cosines, 1 to E.
-        message_norm: norm of the received messages relative to what an expert holds, mean over layers and graph layers.
+        message_norm: norm of the received messages relative to what an expert sends, mean over layers and graph layers.
         adjacency_entropy: mean over layers of the entropy of an expert's sources, in nats.
     """
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from moe_train.checkpoint.compatibility import check_compatible
 from moe_train.checkpoint.manager import CheckpointManager
 from moe_train.checkpoint.reader import CHECKPOINTS, Checkpoint
+from moe_train.config.model import ModelConfig
 from moe_train.config.rules import embedding_rows
 from moe_train.config.schema import TrainConfig
 from moe_train.data.corpus import Corpus, open_corpus
@@ -139,11 +140,20 @@ def restore(checkpoint: Checkpoint, current: dict[str, Any], engine: Engine, loa
     Raises:
         CheckpointError: it belongs to another run; lists each difference.
     """
-    check_compatible(checkpoint.trainer["identity"], current, allow=())
+    check_compatible(completed(checkpoint.trainer["identity"]), current, allow=())
     checkpoint.fill(engine.tensors(), engine.expert_keys())
     loader.load_state_dict(checkpoint.trainer["loader"])
     if checkpoint.random is not None:
         restore_random_state(checkpoint.random, world.device)
+
+
+def completed(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the identity in a checkpoint with the defaults of those keys of the model that are younger than it."""
+    try:
+        model = ModelConfig.model_validate(saved.get("model"))
+    except ValidationError:
+        return saved  # the comparison tells what is wrong with it
+    return {**saved, "model": model.model_dump(mode="json")}
 
 
 def identity(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:

@@ -15,7 +15,7 @@ LEGEND = (
 ROUTED_LEGEND = " | imb: worst layer's max/mean expert load | drop: assignments dropped"
 GRAPH_LEGEND = (
     " | sim: worst layer's mean cosine between experts | rank: effective rank of the experts | msg: norm of the "
-    "messages relative to what an expert holds"
+    "messages relative to what an expert sends"
 )
 
 

@@ -1,4 +1,4 @@
-"""How much of what an expert holds comes from the others."""
+"""How much an expert receives, compared with what it sends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 TITLE = "Weight of the messages"
 CAPTION = (
-    "Norm of the messages that an expert receives relative to that of what it holds itself, mean over experts and "
+    "Norm of the messages that an expert receives relative to that of what an expert sends, mean over experts and "
     "tokens: near 0 the experts work on their own."
 )
 ABSENT = "The experts exchange no messages, or there is no train record yet."

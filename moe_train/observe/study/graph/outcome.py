@@ -39,7 +39,7 @@ class GraphOutcome:
         training_flops: per token, forward and backward; None when its configuration cannot be read.
         tokens_per_s: median over the train records but the first, which also holds the start; None without one.
         similarity: mean cosine between what two experts add, in the last quarter of the run; None without graph layers.
-        message_norm: norm of what an expert receives relative to what it holds, likewise; None without messages.
+        message_norm: norm of what an expert receives relative to what it sends, likewise; None without messages.
     """
 
     variant: str

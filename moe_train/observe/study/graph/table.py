@@ -27,7 +27,7 @@ token over the whole held-out text, mean ± standard deviation over the seeds. T
 records, relative to the dense model of the same size and seed (other names: to dense_e4); median over the seeds, and
 their lowest and highest. These runs took place at different times: the range shows how noisy that is, and
 scripts/graph_cost.py measures in turn. Expert similarity: mean cosine between what two experts add. Message norm: what
-an expert receives relative to what it holds. Both: mean over layers and the train records of the last quarter.
+an expert receives relative to what it sends. Both: mean over layers and the train records of the last quarter.
 """.strip()
 PAIRED = """
 Paired differences of the held-out loss, run by run with the same seed and therefore the same data, mean ± standard

@@ -1,0 +1,26 @@
+"""What makes a run the run it is, over versions of the schema."""
+
+from __future__ import annotations
+
+from moe_train.config.model import FFNConfig, ModelConfig
+from moe_train.training.setup import completed
+
+
+def test_a_checkpoint_that_is_older_than_a_key_counts_as_having_its_default() -> None:
+    """Runs from before LayerNorm and graphs go on; what they do say stays."""
+    now = ModelConfig(dim=48, ffn=FFNConfig(num_experts=4)).model_dump(mode="json")
+    older = {key: value for key, value in now.items() if key not in ("norm", "positions", "head_bias")}
+    older["ffn"] = {key: value for key, value in now["ffn"].items() if key != "graph"}
+    assert older != now
+    assert completed({"run.seed": 3, "model": older}) == {"run.seed": 3, "model": now}
+
+
+def test_another_value_still_differs() -> None:
+    now = ModelConfig().model_dump(mode="json")
+    other = completed({"model": {**now, "norm": "layer"}})["model"]
+    assert other != now
+
+
+def test_a_model_that_no_schema_knows_is_left_to_the_comparison() -> None:
+    for saved in ({"model": {"width": 3}}, {"model": None}, {}):
+        assert completed(saved) == saved
