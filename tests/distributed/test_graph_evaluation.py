@@ -65,6 +65,7 @@ def test_every_rank_gets_as_many_batches_of_the_same_shape(num_windows: int) -> 
     assert shapes == [[(BATCH, LENGTH)] * -(-num_windows // (4 * BATCH))] * 4
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_same_on_every_layout() -> None:
     with joined(dist.HashStore(), World(0, 1, torch.device("cpu"), 30.0)):
         truth = on_every_mesh(World(0, 1, torch.device("cpu"), 30.0))

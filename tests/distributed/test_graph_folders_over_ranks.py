@@ -20,6 +20,7 @@ from moe_train.models.initialise import initialise
 from moe_train.models.transformer import Transformer, build_model
 from moe_train.moe.exchange import exchange_for
 
+pytestmark = pytest.mark.slow
 EP = (1, 2)
 KINDS = ("ffn", "block")
 VOCAB = Tokenizer.of_bytes().vocab_size

@@ -51,7 +51,9 @@ def test_constructors_are_as_documented() -> None:
         parameters = inspect.signature(layer).parameters.values()
         return ", ".join(str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters)
 
-    edges = "adjacency='sigmoid', similarity='gate', normalize='none', self_edges=False, max_neighbors=None"
+    edges = (
+        "adjacency='sigmoid', similarity='gate', normalize='none', prenorm=False, self_edges=False, max_neighbors=None"
+    )
     assert given(ExpertGraphConv) == f"dim, num_experts, {edges}"
     assert given(GraphCoupledMoE) == (
         "dim, num_experts=4, expert_dim=None, expert='ffn', num_heads=None, gnn_layers=2, "
