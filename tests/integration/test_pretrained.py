@@ -25,6 +25,7 @@ SMALL_V3 = [
     "data.seq_len=32", "data.heldout_fraction=0.1", "train.global_batch=8", "optim.warmup_steps=1", "log.every=1",
     "log.wandb.mode=disabled", "eval.every=0", "checkpoint.every=0", "sample.max_tokens=8",
 ]  # fmt: skip
+pytestmark = pytest.mark.slow
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,7 @@ class Exported:
     settings: list[str]
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("deepseek_v3", "llama")]
-
-
-@pytest.fixture(scope="module", params=["mixtral", *SLOW])
+@pytest.fixture(scope="module", params=["mixtral", "deepseek_v3", "llama"])
 def exported(request: pytest.FixtureRequest, tiny: list[str], data: list[str], tmp_path_factory) -> Exported:
     where = tmp_path_factory.mktemp(request.param)
     settings = [*SMALL_V3, *data] if request.param == "deepseek_v3" else tiny
@@ -114,7 +112,6 @@ def test_mistakes_are_answered_with_every_problem(exported: Exported, tmp_path: 
     assert not (tmp_path / "again1").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("exported", ["llama"], indirect=True)
 def test_a_dense_folder_becomes_experts_with_the_same_first_loss(exported: Exported) -> None:
     (truth,) = run_ranks(first_loss, 1, exported.run_dir)

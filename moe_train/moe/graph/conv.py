@@ -19,8 +19,8 @@ from moe_train.ops.messages import sum_chosen_messages, sum_messages
 
 EPS = 1e-6
 """Added to the mean square that normalises what experts hold: small, because they start with little."""
-GATHER_UP_TO = 0
-"""Most sources per expert for which gathering them is faster than one product with all experts."""
+GATHER_UP_TO = 1
+"""Most sources per expert for which gathering them is faster than one product with all experts: docs/benchmarks.md."""
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,7 @@ def by_hand(folders, output):
     return subprocess.run(words, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, check=False)
 
 
+@pytest.mark.slow
 def test_the_script_prints_the_tables_and_names_what_is_missing(tmp_path):
     folders = [write_run(tmp_path, "graph_e2"), write_run(tmp_path, "dense_e2", final=None)]
     ended = by_hand(folders, tmp_path / "out")

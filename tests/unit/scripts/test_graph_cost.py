@@ -121,6 +121,7 @@ def test_recomputed_chunks_hold_less(script, setting):
     assert peaks[1] < 0.4 * peaks[0]
 
 
+@pytest.mark.slow
 def test_the_script_prints_its_tables():
     words = [sys.executable, str(SCRIPT), "--experts", "2", "3", "--wide", "4", "--neighbors", "1", "2", "9"]
     words += ["--tokens", "256", "--layers", "1", "--repeats", "1", "--precision", "bf16"]
