@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moe_train.errors import UserError
 from moe_train.observe.study import write_study
+from moe_train.observe.study.result import Study
 
 
-def main() -> None:
-    """Write both and print the table."""
-    parser = argparse.ArgumentParser(description="Table and picture of the routing study.")
+def write_and_print(name: str, write: Callable[[Sequence[Path], Path], Study]) -> None:
+    """Write table and picture of the run folders on the command line, and print the table.
+
+    Args:
+        name: of the study, and of its folder.
+        write: makes both from run folders.
+    """
+    parser = argparse.ArgumentParser(description=f"Table and picture of {name}.")
     parser.add_argument("folders", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--output", type=Path, default=Path("runs/routing_study"), help="where to write both")
+    parser.add_argument("--output", type=Path, default=Path("runs") / name, help="where to write both")
     arguments = parser.parse_args()
     try:
-        study = write_study(sorted(arguments.folders), arguments.output)
+        study = write(sorted(arguments.folders), arguments.output)
     except UserError as error:
         print(error.report(), file=sys.stderr)
         sys.exit(2)
@@ -31,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write_and_print("routing_study", write_study)

@@ -61,7 +61,7 @@ def conv_of(num_experts: int, graph: GraphConfig, dim: int = DIM, seed: int = 0)
 def coupling_of(num_experts: int, graph: GraphConfig, norm: str = "rms", dim: int = DIM, seed: int = 0) -> Coupling:
     ffn = FFNConfig(num_experts=num_experts, graph=graph)
     config = ModelConfig.model_validate({"dim": dim, "norm": norm, "ffn": ffn})
-    return filled(Coupling(config, ffn, out_std=1.0), seed)
+    return filled(Coupling(config, out_std=1.0), seed)
 
 
 def results_of(

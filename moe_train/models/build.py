@@ -49,7 +49,7 @@ def build_graph(config: ModelConfig, graph: GraphConfig, layer: int, exchange: E
         experts = build_experts(DenseExperts, config, exchange.experts, out_std)
     else:
         experts = build_blocks(config, layer, exchange, out_std)
-    return GraphLayer(graph, exchange.dense, experts, Coupling(config, config.ffn, out_std))
+    return GraphLayer(graph, exchange.dense, experts, Coupling(config, out_std))
 
 
 def build_blocks(config: ModelConfig, layer: int, exchange: Exchange, out_std: float) -> BlockExperts:

@@ -77,8 +77,7 @@ class AllGatherExchange:
     @property
     def experts(self) -> range:
         """Global indices of the experts that this rank holds."""
-        held = self.num_experts // self.group.size()
-        return range(self.group.rank() * held, (self.group.rank() + 1) * held)
+        return held_by(self.group, self.num_experts)
 
     def dispatch(self, x_BSD: Tensor) -> Tensor:
         """Gather the tokens of all ranks."""
@@ -94,3 +93,9 @@ class AllGatherExchange:
         by_rank = arrived.unflatten(0, (num_ranks, batch)).movedim(0, 2)  # [B, S, P, L, D]
         results_BSED: Tensor = by_rank.flatten(2, 3)
         return results_BSED
+
+
+def held_by(group: dist.ProcessGroup, num_experts: int) -> range:
+    """Return the global indices of the experts that this rank holds of those sharded over a group in equal runs."""
+    held = num_experts // group.size()
+    return range(group.rank() * held, (group.rank() + 1) * held)

@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_train.dist.comm import all_to_all_rows, exchange_counts
 from moe_train.dist.mesh import Mesh
 from moe_train.moe.capacity import Plan
-from moe_train.moe.dense_exchange import AllGatherExchange, DenseExchange, LocalDenseExchange
+from moe_train.moe.dense_exchange import AllGatherExchange, DenseExchange, LocalDenseExchange, held_by
 from moe_train.moe.queues import count
 from moe_train.ops.permute import RowMap, gather_rows, map_rows, sum_rows
 from moe_train.ops.slots import SlotMap, fill_slots, map_slots, sum_slots
@@ -128,7 +128,7 @@ class AllToAllExchange:
     @property
     def experts(self) -> range:
         """Global indices of the experts that this rank holds."""
-        return range(self.group.rank() * self.held, (self.group.rank() + 1) * self.held)
+        return held_by(self.group, self.num_experts)
 
     @property
     def dense(self) -> DenseExchange:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_train.config.model import FFNConfig, ModelConfig
+from moe_train.config.model import ModelConfig
 from moe_train.moe.graph.adjacency import Adjacency
 from moe_train.moe.graph.conv import GraphConv, Messages
 from moe_train.moe.modules import Linear, build_norm
@@ -85,13 +85,12 @@ class Coupling(nn.Module):
 
     Args:
         config: the model.
-        ffn: its feed-forward part, with experts and graph.
         out_std: standard deviation of the initial values of what writes into the residual stream.
     """
 
-    def __init__(self, config: ModelConfig, ffn: FFNConfig, out_std: float) -> None:
+    def __init__(self, config: ModelConfig, out_std: float) -> None:
         super().__init__()
-        graph, dim, num_experts = ffn.graph, config.dim, ffn.num_experts
+        graph, dim, num_experts = config.ffn.graph, config.dim, config.ffn.num_experts
         assert graph is not None, "only a layer with a graph is coupled"
         self.convs = nn.ModuleList(GraphConv(dim, num_experts, graph, config.init_std) for _ in range(graph.layers))
         self.pooling = Pooling(dim, num_experts, graph.pooling, config.init_std)

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from mesh_checks import Check, failures, said_of
 from spawn import run_ranks
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -169,26 +170,12 @@ CHECKS = (
 )
 
 
-def failures(world: World) -> dict[str, str]:
-    """What went wrong by check and size of the group; half of the world, twice, for groups of two."""
-    wrong = {}
-    for ep in (1, 2, 4):
-        mesh = build_mesh(world, ep)
-        assert members(mesh) == dist.get_process_group_ranks(mesh.ep)
-        for check in CHECKS:
-            try:
-                check(mesh)
-            except AssertionError as error:
-                wrong[f"{check.__name__} of {ep}"] = str(error) or "without words"
-    return wrong
-
-
 @pytest.fixture(scope="module")
 def wrong() -> list[dict[str, str]]:
-    """By rank. A failed check on one rank only would leave the others waiting: the spawn then shows its traceback."""
-    return run_ranks(failures, 4)
+    """By rank."""
+    return run_ranks(failures, 4, CHECKS)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_rows_of_all(wrong: list[dict[str, str]], check: object) -> None:
-    assert [[text for key, text in own.items() if key.startswith(f"{check.__name__} ")] for own in wrong] == [[]] * 4
+def test_rows_of_all(wrong: list[dict[str, str]], check: Check) -> None:
+    assert said_of(check, wrong) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from mesh_checks import Check, failures, said_of
 from moe_samples import make_layer
 from spawn import run_ranks
 from torch import Tensor
@@ -188,33 +189,19 @@ CHECKS = (
 )
 
 
-def failures(world: World) -> dict[str, str]:
-    """What went wrong by check and size of the group; half of the world, twice, for groups of two."""
-    wrong = {}
-    for ep in (1, 2, 4):
-        if world.size % ep == 0:
-            mesh = build_mesh(world, ep)
-            for check in CHECKS:
-                try:
-                    check(mesh)
-                except AssertionError as error:
-                    wrong[f"{check.__name__} of {ep}"] = str(error) or "without words"
-    return wrong
-
-
 @pytest.fixture(scope="module")
 def wrong() -> list[dict[str, str]]:
-    """By rank. A failed check on one rank only would leave the others waiting: the spawn then shows its traceback."""
-    return run_ranks(failures, 4)
+    """By rank."""
+    return run_ranks(failures, 4, CHECKS)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_dense_exchange(wrong: list[dict[str, str]], check: object) -> None:
-    assert [[text for key, text in own.items() if key.startswith(f"{check.__name__} ")] for own in wrong] == [[]] * 4
+def test_dense_exchange(wrong: list[dict[str, str]], check: Check) -> None:
+    assert said_of(check, wrong) == []
 
 
 def test_a_rank_alone_exchanges_nothing() -> None:
     with joined(dist.HashStore(), world := World(0, 1, torch.device("cpu"), 30.0)):
         layer = layer_of(build_mesh(world, 1), "ffn", sharded=False)
         assert cost_of(layer, tokens_of(0)) == {"forward": (0, 0), "backward": (0, 0)}
-        assert failures(world) == {}
+        assert failures(world, CHECKS) == {}
