@@ -2,15 +2,16 @@
 
 A training uses it like this; the calls are collective, and what fails on one rank raises CheckpointError on all::
 
-    manager = CheckpointManager(run_dir / "checkpoints", world, mesh, config.checkpoint.keep)
+    manager = CheckpointManager(run_dir / "checkpoints", world, mesh.layout, config.checkpoint.keep)
     checkpoint = manager.resume(config.checkpoint.resume)
     if checkpoint is not None:
         check_compatible(checkpoint.trainer["identity"], identity, allow=())
-        checkpoint.fill(state.tensors, state.expert_keys)
+        checkpoint.fill(engine.parts())
+        engine.adopt()
     ...
     manager.save(step, state)
 
-Evaluation and export read with ``open_at(run_dir, world, mesh)``, which changes nothing in the folder.
+Evaluation and export read with ``open_at(run_dir, world)``, which changes nothing in the folder.
 
 A checkpoint is a folder ``step_00000050``: ``__<rank>_<n>.distcp`` and ``.metadata`` (tensors, in the format of
 torch.distributed.checkpoint), ``trainer.json``, ``random_<rank>.bin``, and ``manifest.json`` with all their hashes.

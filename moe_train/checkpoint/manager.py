@@ -18,7 +18,7 @@ from moe_train.checkpoint.files import sync_folder, write_synced
 from moe_train.checkpoint.manifest import MANIFEST, METADATA, TRAINER, FileRecord, Manifest, record_of
 from moe_train.checkpoint.reader import Checkpoint, latest_good, open_at, published_steps, random_name, step_name
 from moe_train.checkpoint.state import CheckpointState, write_tensors
-from moe_train.dist.mesh import Mesh
+from moe_train.dist.mesh import Layout
 from moe_train.dist.world import World
 from moe_train.errors import CheckpointError
 
@@ -34,13 +34,13 @@ class CheckpointManager:
     Args:
         folder: ``<run.dir>/checkpoints``, on a disk that all ranks share; made when needed.
         world: the processes.
-        mesh: the layout that is saved and loaded into.
+        layout: of the ranks, noted in what is saved.
         keep: newest checkpoints that stay; at least 1.
     """
 
-    def __init__(self, folder: Path, world: World, mesh: Mesh, keep: int) -> None:
+    def __init__(self, folder: Path, world: World, layout: Layout, keep: int) -> None:
         assert keep >= 1, f"keep={keep} would delete the checkpoint just written"
-        self.folder, self.world, self.mesh, self.keep = folder, world, mesh, keep
+        self.folder, self.world, self.layout, self.keep = folder, world, layout, keep
         self.departure = NOTHING_YET
         """Step in this folder that the run goes on from; what is newer belongs to another history."""
         self.has_saved = False
@@ -58,9 +58,9 @@ class CheckpointManager:
         if setting == "never":
             return None
         if setting == "auto":
-            found = latest_good(self.folder, self.world, self.mesh)
+            found = latest_good(self.folder, self.world)
         else:
-            found = open_at(Path(setting).expanduser(), self.world, self.mesh)
+            found = open_at(Path(setting).expanduser(), self.world)
         if found is not None and found.path.resolve().parent == self.folder.resolve():
             self.departure = found.step
         return found
@@ -84,7 +84,7 @@ class CheckpointManager:
             if on_leader(self.world, "preparing a checkpoint", lambda: self._prepare(final, temp)):
                 return final
             files = self._write(temp, state)
-            manifest = Manifest(format=1, step=step, world_size=self.world.size, ep=self.mesh.layout.ep, files=files)
+            manifest = Manifest(format=1, step=step, world_size=self.world.size, ep=self.layout.ep, files=files)
             on_leader(self.world, "publishing", lambda: self._publish(temp, final, manifest))
         except CheckpointError:
             if self.world.is_leader:
@@ -108,7 +108,7 @@ class CheckpointManager:
     def _write(self, temp: Path, state: CheckpointState) -> dict[str, FileRecord]:
         """Write this rank's files and return the records of all ranks' files."""
         together(self.world, "writing state", lambda: self._write_small_files(temp, state))
-        together(self.world, "writing tensors", lambda: write_tensors(temp, state, self.mesh.device_mesh))
+        together(self.world, "writing tensors", lambda: write_tensors(temp, state.parts, self.world))
         own = together(self.world, "hashing files", lambda: self._own_records(temp))
         files: dict[str, FileRecord] = {}
         for records in self.world.gather(own):

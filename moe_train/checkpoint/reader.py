@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from moe_train.checkpoint.agreement import on_leader, together
 from moe_train.checkpoint.manifest import MANIFEST, OLDER_OR_COPY, TRAINER, Manifest, damage_of, read_manifest
 from moe_train.checkpoint.metadata import read_metadata
-from moe_train.checkpoint.state import as_global, read_tensors, require_fit
-from moe_train.dist.mesh import Mesh
+from moe_train.checkpoint.state import read_tensors, require_fit
+from moe_train.dist.parts import Part
 from moe_train.dist.world import World
 from moe_train.errors import CheckpointError, Problem
 
@@ -66,7 +64,6 @@ class Checkpoint:
         random: random state of the rank with this number; None when there was no such rank.
         manifest: its files and the layout that wrote it.
         world: the processes that opened it.
-        mesh: the layout that it is loaded into.
     """
 
     path: Path
@@ -75,27 +72,24 @@ class Checkpoint:
     random: bytes | None
     manifest: Manifest
     world: World
-    mesh: Mesh
 
-    def fill(self, tensors: Mapping[str, Tensor], expert_keys: Collection[str]) -> None:
-        """Overwrite the tensors in place with this rank's part of the checkpoint. Collective.
+    def fill(self, parts: Mapping[str, Part]) -> None:
+        """Overwrite the boxes of the parts in place with their values in the checkpoint. Collective.
 
         Args:
-            tensors: by key as in `CheckpointState`, with the shapes of the present layout; the values are converted to
-                each tensor's dtype and device. A section may be left out whole: ``model.*`` alone is fine.
-            expert_keys: keys of those [L, ...] whose dim 0 is the experts of this rank.
+            parts: by key as in `CheckpointState`, in the present layout; the values are converted to each tensor's
+                dtype and device. A section may be left out whole: ``model.*`` alone is fine.
 
         Raises:
-            CheckpointError: on all ranks. Keys or global shapes differ: all are listed and nothing is overwritten.
-                Reading failed: the tensors are undefined.
+            CheckpointError: on all ranks. Keys or shapes differ: all are listed and nothing is overwritten. Reading
+                failed: the tensors are undefined.
         """
-        parts = as_global(tensors, expert_keys, self.mesh.device_mesh)
         metadata = together(self.world, "reading metadata", lambda: read_metadata(self.path, self.manifest))
         together(self.world, "comparing tensors", lambda: require_fit(metadata, parts))
-        together(self.world, "reading tensors", lambda: read_tensors(self.path, metadata, parts))
+        together(self.world, "reading tensors", lambda: read_tensors(self.path, metadata, parts, self.world))
 
 
-def open_checkpoint(folder: Path, world: World, mesh: Mesh) -> Checkpoint:
+def open_checkpoint(folder: Path, world: World) -> Checkpoint:
     """Verify one checkpoint, the ranks sharing the files between them. Collective.
 
     Raises:
@@ -105,10 +99,10 @@ def open_checkpoint(folder: Path, world: World, mesh: Mesh) -> Checkpoint:
     share = sorted(manifest.files)[world.rank :: world.size]
     together(world, "verifying files", lambda: _require_intact(folder, manifest, share))
     trainer, random = together(world, "reading state", lambda: _read_state(folder, manifest, world.rank))
-    return Checkpoint(folder, manifest.step, trainer, random, manifest, world, mesh)
+    return Checkpoint(folder, manifest.step, trainer, random, manifest, world)
 
 
-def latest_good(folder: Path, world: World, mesh: Mesh) -> Checkpoint | None:
+def latest_good(folder: Path, world: World) -> Checkpoint | None:
     """Return the newest checkpoint in ``folder`` that verifies, None when there is none at all. Collective.
 
     Warns of each damaged one, of what is wrong with it and of the steps that are lost by going back.
@@ -121,7 +115,7 @@ def latest_good(folder: Path, world: World, mesh: Mesh) -> Checkpoint | None:
     problems: list[Problem] = []
     for step in reversed(steps):
         try:
-            checkpoint = open_checkpoint(folder / step_name(step), world, mesh)
+            checkpoint = open_checkpoint(folder / step_name(step), world)
         except CheckpointError as error:
             problems.extend(error.problems)
             continue
@@ -136,21 +130,20 @@ def latest_good(folder: Path, world: World, mesh: Mesh) -> Checkpoint | None:
     return None
 
 
-def open_at(path: Path, world: World, mesh: Mesh) -> Checkpoint:
+def open_at(path: Path, world: World) -> Checkpoint:
     """Return the checkpoint that a user means by ``path``. Collective.
 
     Args:
         path: the folder of a checkpoint, or a run folder or its folder of checkpoints, then the latest good one.
         world: the processes.
-        mesh: the layout to load it into.
 
     Raises:
         CheckpointError: on all ranks, when there is none or it is damaged.
     """
     is_checkpoint = on_leader(world, "looking for checkpoints", lambda: _is_checkpoint(path))
     if is_checkpoint:
-        return open_checkpoint(path, world, mesh)
-    found = latest_good(path / CHECKPOINTS, world, mesh) or latest_good(path, world, mesh)
+        return open_checkpoint(path, world)
+    found = latest_good(path / CHECKPOINTS, world) or latest_good(path, world)
     if found is None:
         remedy = f"give the folder of a checkpoint ({step_name(100)}) or of a run with checkpoints"
         raise CheckpointError(Problem(str(path), None, "holds no checkpoint", remedy))

@@ -1,21 +1,21 @@
-"""What is in a checkpoint, and how one rank's tensors become parts of tensors that belong to no layout."""
+"""What is in a checkpoint, and how it goes to the disk and back."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe_train.checkpoint.metadata import VerifiedReader
+from moe_train.checkpoint.planner import PartReader, PartWriter
+from moe_train.dist.parts import Part
+from moe_train.dist.world import World
 from moe_train.errors import CheckpointError, Problem
 
 OTHER_MODEL = "resume with the model and optimizer that wrote it, or use checkpoint.resume=never"
@@ -26,74 +26,51 @@ class CheckpointState:
     """What one rank puts into a checkpoint.
 
     Attributes:
-        tensors: any dtype and device, by key: ``model.<fqn>``, ``optim.<fqn>.exp_avg``, ``optim.<fqn>.step``, ... The
-            same keys on all ranks.
-        expert_keys: keys of the tensors [L, ...] whose dim 0 is the experts of this rank. All other tensors are equal
-            on all ranks, and one copy is written.
+        parts: any dtype and device, by key: ``model.<fqn>``, ``optim.<fqn>.exp_avg``, ``optim.<fqn>.step``, ... The
+            same keys on all ranks, whose boxes cover each tensor; of what several ranks hold one copy is written.
         trainer: what JSON can hold and is equal on all ranks: step, tokens, position in the data, identity of the run.
         random: state of this rank's random generators; None when it has none to keep.
     """
 
-    tensors: Mapping[str, Tensor]
-    expert_keys: Collection[str]
+    parts: Mapping[str, Part]
     trainer: Mapping[str, Any]
     random: bytes | None
 
 
-def as_global(tensors: Mapping[str, Tensor], expert_keys: Collection[str], mesh: DeviceMesh) -> dict[str, Tensor]:
-    """Return the tensors as every layout sees them; they share memory with the given ones.
-
-    Args:
-        tensors: this rank's tensors, by key.
-        expert_keys: keys of those [L, ...] whose dim 0 is the experts of this rank.
-        mesh: axes ("edp", "ep").
-
-    Returns:
-        DTensors [E, ...] for the experts: as plain tensors all ranks would claim to hold the whole of the same key, and
-        one rank's experts would silently overwrite the others'. Plain tensors for the rest: torch writes one copy.
-    """
-    unknown = set(expert_keys) - tensors.keys()
-    assert not unknown, f"expert keys without a tensor: {sorted(unknown)}"
-    placements = [Replicate(), Shard(0)]
-    return {
-        key: DTensor.from_local(tensor.detach(), mesh, placements, run_check=False)
-        if key in expert_keys
-        else tensor.detach()
-        for key, tensor in tensors.items()
-    }
-
-
-def write_tensors(folder: Path, state: CheckpointState, mesh: DeviceMesh) -> None:
+def write_tensors(folder: Path, parts: Mapping[str, Part], world: World) -> None:
     """Write all ranks' tensors into ``folder`` and wait until the disk has them. Collective.
 
     Raises:
         CheckpointException: on all ranks, when one could not write; not an ``Exception``.
     """
-    save(as_global(state.tensors, state.expert_keys, mesh), storage_writer=FileSystemWriter(folder))
+    save(dict(parts), storage_writer=FileSystemWriter(folder), planner=PartWriter(), process_group=world.group)
 
 
-def read_tensors(folder: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
-    """Fill the tensors of ``as_global`` in place from a checkpoint that ``differences`` found fitting. Collective.
+def read_tensors(folder: Path, metadata: Metadata, parts: Mapping[str, Part], world: World) -> None:
+    """Fill the parts in place from a checkpoint that ``differences`` found fitting. Collective.
+
+    A rank reads only what overlaps with its boxes.
 
     Raises:
         CheckpointException: on all ranks, when one could not read; not an ``Exception``.
     """
-    load(tensors, storage_reader=VerifiedReader(folder, metadata))
+    reader = VerifiedReader(folder, metadata)
+    load(dict(parts), storage_reader=reader, planner=PartReader(), process_group=world.group)
 
 
-def differences(metadata: Metadata, tensors: Mapping[str, Tensor]) -> list[Problem]:
-    """Return how a checkpoint's keys and global shapes differ from the tensors of ``as_global``, by key.
+def differences(metadata: Metadata, parts: Mapping[str, Part]) -> list[Problem]:
+    """Return how a checkpoint's keys and shapes differ from those of ``parts``, by key.
 
-    Sections (the part of a key before the first dot) of which ``tensors`` has nothing are left out: inference asks for
+    Sections (the part of a key before the first dot) of which ``parts`` has nothing are left out: inference asks for
     ``model`` alone.
     """
-    sections = {key.partition(".")[0] for key in tensors}
+    sections = {key.partition(".")[0] for key in parts}
     saved = {
         key: tuple(entry.size)
         for key, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata) and key.partition(".")[0] in sections
     }
-    wanted = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    wanted = {key: part.shape for key, part in parts.items()}
     problems = []
     for key in sorted(saved.keys() | wanted.keys()):
         if key not in saved:
@@ -106,8 +83,8 @@ def differences(metadata: Metadata, tensors: Mapping[str, Tensor]) -> list[Probl
     return problems
 
 
-def require_fit(metadata: Metadata, tensors: Mapping[str, Tensor]) -> None:
+def require_fit(metadata: Metadata, parts: Mapping[str, Part]) -> None:
     """Raise CheckpointError with every difference, before any tensor is touched."""
-    problems = differences(metadata, tensors)
+    problems = differences(metadata, parts)
     if problems:
         raise CheckpointError(problems)

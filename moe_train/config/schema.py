@@ -36,6 +36,8 @@ class TrainSection(Strict):
     """Sequences per rank and forward pass; null: global_batch / ranks, that is no accumulation."""
     precision: Literal["bf16", "fp32", "fp64"] = "fp32"
     """Number format of activations; bf16 keeps fp32 master weights, router and reductions. fp64 is for tests."""
+    compile: Literal["none", "block"] = "none"
+    """block: torch.compile for the parts of a block that have static shapes. Needs a C++ compiler on CPU."""
     clip_norm: PositiveFloat | None = 1.0
     """Gradients are scaled so that their global L2 norm is at most this; null: no clipping."""
 
@@ -91,13 +93,41 @@ class TokenizerConfig(Strict):
     """file: name of the token that ends a document; null: the first known of <|endoftext|>, </s>, <eos>, [SEP]."""
 
 
-class ParallelConfig(Strict):
-    """How the ranks share the work; all ranks are data-parallel."""
+class LayoutConfig(Strict):
+    """How a model lies on the ranks; all ranks are data-parallel."""
 
     ep: PositiveInt = 1
     """Expert-parallel size: ranks over which one set of experts is sharded; divides ranks and experts."""
+    exchange: Literal["auto", "alltoall", "hierarchical", "allgather"] = "auto"
+    """How tokens reach experts on other ranks. alltoall: straight to each rank; hierarchical: once to each node, and on
+    from there; allgather: every token to every rank of the EP group; auto: by the size of group and nodes."""
+    node_size: PositiveInt | None = None
+    """Ranks of a node, between which exchange is cheap; null: those that the launcher started on one machine."""
+    overlap: PositiveInt = 1
+    """Parts into which a micro-batch's tokens are cut, so that one part travels while the experts work on another; 1:
+    whole, and only shared experts work while tokens travel."""
     timeout_s: PositiveFloat = 300.0
     """A collective that takes longer ends the run with a roll call, in seconds."""
+
+
+class ParallelConfig(LayoutConfig):
+    """How the ranks share the work of a training."""
+
+    dp_shard: PositiveInt = 1
+    """Ranks over which weights, gradients and optimizer state are sharded (FSDP2); divides the ranks. An expert's are
+    sharded over as many of the ranks that hold it. 1: every rank has them whole."""
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """What sums gradients and updates weights."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """deepspeed: 1 shards the optimizer state over the ranks, 2 the gradients too; 0 shards nothing."""
+    offload: bool = False
+    """deepspeed: keep the optimizer state in the host's memory, and update there."""
+    remat: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward pass computes again instead of keeping them. selective: all of a block but what
+    was routed, exchanged or attended to; full: all of a block, tokens travel again."""
+    placement: Literal["fixed", "auto"] = "fixed"
+    """Which experts a rank holds. fixed: a run of consecutive ones; auto: at each checkpoint, those that even out what
+    the ranks had to do since the last."""
 
 
 class OptimConfig(Strict):
@@ -127,6 +157,8 @@ class CheckpointConfig(Strict):
     """Steps between checkpoints; 0: only at the end and on SIGTERM."""
     keep: PositiveInt = 2
     """Newest checkpoints kept in the run folder."""
+    background: Annotated[bool, Field(alias="async")] = False
+    """Write checkpoints beside the training, from a copy in the host's memory; the training waits for the copy only."""
     resume: str = "auto"
     """auto: go on from the newest good checkpoint in run.dir; never: start anew; else the path of a checkpoint."""
 
@@ -212,7 +244,7 @@ class EvaluateConfig(Strict):
     """The run to evaluate."""
     eval: EvalConfig = EvalConfig(batches=None)
     """How much of the held-out split; null: all of it."""
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: LayoutConfig = LayoutConfig()
     """Layout over ranks; need not be that of the training."""
     checkpoint: str = "latest"
     """latest, or the path of a checkpoint."""
@@ -227,7 +259,7 @@ class GenerateConfig(Strict):
     """Text to continue."""
     sample: SampleConfig = SampleConfig()
     """How text is generated."""
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: LayoutConfig = LayoutConfig()
     """Layout over ranks; need not be that of the training."""
     checkpoint: str = "latest"
     """latest, or the path of a checkpoint."""
@@ -249,7 +281,7 @@ class ExportConfig(Strict):
     """Largest size of a safetensors file; one larger tensor gets a file of its own."""
     verify: bool = True
     """Whether to load the folder in transformers, where installed, and compare its logits with the run's."""
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: LayoutConfig = LayoutConfig()
     """Layout over ranks; need not be that of the training."""
     checkpoint: str = "latest"
     """latest, or the path of a checkpoint."""

@@ -137,7 +137,7 @@ def to_problems(detail: ErrorDetails, schema: type[BaseModel]) -> Iterator[Probl
         yield Problem(key, value, f"does not apply to kind={kind}", "choose the kind that has it, or leave it out")
     else:
         for leaf, inner in leaves(key, value):
-            siblings = list(section.model_fields) if leaf == key else []
+            siblings = [key_of(*field) for field in section.model_fields.items()] if leaf == key else []
             yield Problem(leaf, inner, "is not a key of the configuration", suggestion(leaf, siblings, schema))
 
 
@@ -204,9 +204,15 @@ def key_paths(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in schema.model_fields.items():
         variants = variants_of(field)
         sections = list(variants.values()) if variants else [m for m in [model_of(field)] if m]
-        yield f"{prefix}{name}"
+        path = f"{prefix}{key_of(name, field)}"
+        yield path
         for section in sections:
-            yield from key_paths(section, f"{prefix}{name}.")
+            yield from key_paths(section, f"{path}.")
+
+
+def key_of(name: str, field: FieldInfo) -> str:
+    """Return the key of a field: its name, unless that is a word of Python's."""
+    return field.alias or name
 
 
 def suggestion(key: str, siblings: list[str], schema: type[BaseModel]) -> str:

@@ -3,18 +3,20 @@
 All W ranks are data-parallel. `ep` consecutive ranks hold one whole set of experts between them (an EP group, so that
 its exchange stays inside a node when it can); the W / ep ranks with the same place in their group hold the same experts
 (an expert-data group, `edp`).
+
+Runs of `dp_shard` consecutive ranks may share the dense weights between them, with gradients and optimizer state, as do
+runs of ranks of an expert-data group with those of its experts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeAlias, cast
 
-import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from moe_train.dist.world import World
 
@@ -28,14 +30,22 @@ class Layout:
     Attributes:
         world_size: number of ranks W.
         ep: ranks that share one set of experts; divides W.
+        dp_shard: ranks that share one set of dense weights; divides W. 1: each has all of them.
     """
 
     world_size: int
     ep: int
+    dp_shard: int = 1
 
     def __post_init__(self) -> None:
-        """Check the one rule."""
+        """Check the two rules."""
         assert self.world_size % self.ep == 0, f"ep={self.ep} must divide the {self.world_size} ranks"
+        assert self.world_size % self.dp_shard == 0, f"dp_shard={self.dp_shard} must divide the {self.world_size} ranks"
+
+    @property
+    def expert_shard(self) -> int:
+        """Ranks that share one expert's weights: as many as `dp_shard` where so many hold it."""
+        return math.gcd(self.dp_shard, self.world_size // self.ep)
 
     def ep_rank(self, rank: int) -> int:
         """Return the place of ``rank`` in its EP group."""
@@ -66,7 +76,6 @@ class Mesh:
         world: every rank: dense and router gradients are summed over it.
         ep: the ranks that this rank exchanges tokens with.
         edp: the ranks that hold the same experts: expert gradients are summed over it.
-        device_mesh: the same as a 2-D mesh with axes ("edp", "ep"), for DTensor.
     """
 
     layout: Layout
@@ -74,7 +83,6 @@ class Mesh:
     world: dist.ProcessGroup
     ep: dist.ProcessGroup
     edp: dist.ProcessGroup
-    device_mesh: DeviceMesh
 
     @property
     def ep_rank(self) -> int:
@@ -82,24 +90,19 @@ class Mesh:
         return self.layout.ep_rank(self.rank)
 
 
-def build_mesh(world: World, ep: int) -> Mesh:
+def build_mesh(world: World, ep: int, dp_shard: int = 1) -> Mesh:
     """Make the groups; every rank calls this at the same point.
 
     Args:
         world: the processes.
         ep: expert-parallel size; divides the number of ranks.
+        dp_shard: ranks that share one set of dense weights; divides the number of ranks.
     """
-    layout = Layout(world.size, ep)
+    layout = Layout(world.size, ep, dp_shard)
     # Sub-groups do not inherit the timeout of the world: without it a hang there lasts 30 minutes.
     timeout = timedelta(seconds=world.timeout_s)
     new_groups = cast("GroupMaker", dist.new_subgroups_by_enumeration)
     ep_group, _ = new_groups(layout.ep_groups(), timeout=timeout)
     edp_group, _ = new_groups(layout.edp_groups(), timeout=timeout)
     assert dist.group.WORLD is not None, "build_mesh needs the process group of world_from_environment"
-    device_mesh = DeviceMesh.from_group(
-        [edp_group, ep_group],
-        world.device.type,
-        mesh=torch.arange(world.size).view(-1, ep),
-        mesh_dim_names=("edp", "ep"),
-    )
-    return Mesh(layout, world.rank, dist.group.WORLD, ep_group, edp_group, device_mesh)
+    return Mesh(layout, world.rank, dist.group.WORLD, ep_group, edp_group)

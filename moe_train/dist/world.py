@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import cast
@@ -36,12 +36,14 @@ class World:
         size: number of processes; all are data-parallel.
         device: where this process computes.
         timeout_s: longest wait for the other ranks in one collective, in seconds.
+        group: the processes as its collectives know them; None: torch's default group.
     """
 
     rank: int
     size: int
     device: torch.device
     timeout_s: float
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_leader(self) -> bool:
@@ -50,24 +52,32 @@ class World:
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        dist.barrier()
+        dist.barrier(group=self.group)
+
+    def in_background(self) -> World:
+        """Return the same processes over a group of its own, for a thread beside the training. Collective.
+
+        Collectives of two threads in one group would meet each other's.
+        """
+        timeout = timedelta(seconds=self.timeout_s)
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timeout))
 
     def broadcast(self, value: object) -> object:
         """Return rank 0's ``value`` on every rank."""
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def gather(self, value: object) -> list[object]:
         """Return every rank's ``value``, by rank, on every rank."""
         values: list[object] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def sum_on_host(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum over the ranks of a CPU tensor; does not touch the accelerator."""
         total = values.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total
 
     def leader_first(self, work: Callable[[], object]) -> None:

@@ -18,7 +18,7 @@ from moe_train.errors import ConfigError, DataError, Problem
 from moe_train.models.transformer import Transformer, build_model
 from moe_train.moe.capacity import is_padded
 from moe_train.moe.exchange import exchange_for
-from moe_train.moe.roles import Kind, roles_of
+from moe_train.parallel.state import model_parts
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,9 @@ def load_trained(run_dir: Path, checkpoint: str, ep: int, world: World) -> Train
     world.agree(ConfigError(problems) if problems else None)
     mesh = build_mesh(world, ep)
     tokenizer = Tokenizer.load(run_dir / "tokenizer.json", config.tokenizer.boundary_token)
-    source = open_at(run_dir if checkpoint == "latest" else Path(checkpoint).expanduser(), world, mesh)
+    source = open_at(run_dir if checkpoint == "latest" else Path(checkpoint).expanduser(), world)
     exchange = exchange_for(mesh, config.model.ffn.num_experts, is_padded(config.model.ffn.capacity))
     vocab_size = embedding_rows(config.model, tokenizer.vocab_size)
     model = build_model(config.model, vocab_size, exchange, config.train.precision, world.device)
-    roles = roles_of(model)
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
-    source.fill(tensors, {f"model.{name}" for name, role in roles.items() if role.kind is Kind.EXPERT})
+    source.fill(model_parts(model))
     return Trained(config, tokenizer, model.eval(), mesh, source)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from moe_train.dist.mesh import Mesh
+from moe_train.dist.parts import Part
 from moe_train.models.transformer import Transformer
-from moe_train.moe.roles import Kind, roles_of
 from moe_train.parallel.gradients import GradientBuffers
+from moe_train.parallel.state import model_parts, optimizer_parts
 
 
 class Engine(Protocol):
@@ -23,17 +24,17 @@ class Engine(Protocol):
     def zero_grad(self) -> None:
         """Start a step."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's share of the loss."""
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Add the gradient of one micro-batch's share of the loss, which may be the last of the step."""
 
     def step(self, learning_rate: float, clip_norm: float | None) -> Tensor:
         """Reduce, clip and update; return the gradient norm before clipping."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the state to save, by key; loading fills these tensors in place."""
+    def parts(self) -> dict[str, Part]:
+        """Return the state to save, by key; loading fills it in place."""
 
-    def expert_keys(self) -> set[str]:
-        """Return the keys of `tensors` whose dimension 0 runs over this rank's experts."""
+    def adopt(self, parts: dict[str, Part]) -> None:
+        """Take over the result of `parts` after it was filled: an engine may have returned copies."""
 
 
 class NonFiniteGradientError(Exception):
@@ -59,7 +60,7 @@ class TorchEngine:
         """Start a step: gradients become zeros in place, never None."""
         self.gradients.zero()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, is_last: bool) -> None:
         """Add the gradient of one micro-batch's share of the loss."""
         torch.autograd.backward(loss)
 
@@ -88,26 +89,12 @@ class TorchEngine:
         self.optimizer.step()
         return norm
 
-    def tensors(self) -> dict[str, Tensor]:
+    def parts(self) -> dict[str, Part]:
         """Return weights and optimizer state by key, as the checkpoint names them."""
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters():
-            tensors[f"model.{name}"] = parameter.detach()
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optim.{name}.{key}"] = value
-        tensors |= {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
-        return tensors
+        return model_parts(self.model) | optimizer_parts(self.model, self.optimizer)
 
-    def expert_keys(self) -> set[str]:
-        """Return the keys of `tensors` whose dimension 0 runs over this rank's experts."""
-        names = {name for name, role in roles_of(self.model).items() if role.kind is Kind.EXPERT}
-        return {key for key, value in self.tensors().items() if value.dim() and key_name(key) in names}
-
-
-def key_name(key: str) -> str:
-    """Return the parameter's name in a key of `tensors`."""
-    section, _, rest = key.partition(".")
-    return rest if section == "model" else rest.rpartition(".")[0]
+    def adopt(self, parts: dict[str, Part]) -> None:
+        """Do nothing: the parts are the state itself."""
 
 
 def materialise(optimizer: torch.optim.Optimizer) -> None:

@@ -188,8 +188,7 @@ def save(run: Run, step: int, sinks: SinkGroup) -> None:
     """
     start_s = time.perf_counter()
     state = CheckpointState(
-        tensors=run.engine.tensors(),
-        expert_keys=run.engine.expert_keys(),
+        parts=run.engine.parts(),
         trainer={"step": step, "loader": run.loader.state_dict(), "identity": identity(run.config, run.corpus)},
         random=random_state(run.world.device),
     )

@@ -86,7 +86,7 @@ def build_run(config: TrainConfig, world: World, starter: Starter) -> Run:
         ConfigError, DataError, CheckpointError: on all ranks alike.
     """
     world.leader_first(lambda: require_writable(Path(config.run.dir).expanduser()))
-    mesh = build_mesh(world, config.parallel.ep)
+    mesh = build_mesh(world, config.parallel.ep, config.parallel.dp_shard)
     corpus = open_corpus(config.data, config.tokenizer, world.leader_first)
     exchange = exchange_for(mesh, config.model.ffn.num_experts, is_padded(config.model.ffn.capacity))
     vocab_size = embedding_rows(config.model, corpus.tokenizer.vocab_size)
@@ -102,7 +102,9 @@ def build_run(config: TrainConfig, world: World, starter: Starter) -> Run:
         world_size=world.size,
         seed=config.run.seed,
     )
-    manager = CheckpointManager(Path(config.run.dir).expanduser() / CHECKPOINTS, world, mesh, config.checkpoint.keep)
+    manager = CheckpointManager(
+        Path(config.run.dir).expanduser() / CHECKPOINTS, world, mesh.layout, config.checkpoint.keep
+    )
     checkpoint = manager.resume(config.checkpoint.resume)
     if checkpoint is None and config.model.init_from is not None:
         starter(model, world, config.run.seed)
@@ -141,7 +143,9 @@ def restore(checkpoint: Checkpoint, current: dict[str, Any], engine: Engine, loa
         CheckpointError: it belongs to another run; lists each difference.
     """
     check_compatible(completed(checkpoint.trainer["identity"]), current, allow=())
-    checkpoint.fill(engine.tensors(), engine.expert_keys())
+    parts = engine.parts()
+    checkpoint.fill(parts)
+    engine.adopt(parts)
     loader.load_state_dict(checkpoint.trainer["loader"])
     if checkpoint.random is not None:
         restore_random_state(checkpoint.random, world.device)

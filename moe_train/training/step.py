@@ -71,13 +71,14 @@ def train_step(engine: Engine, mesh: Mesh, batches: Sequence[Batch], tokens: int
     engine.zero_grad()
     inputs = [to_inputs(batch, model, mesh, settings.seed) for batch in batches]
     totals = step_totals(model, mesh, inputs)
-    for micro_batch in inputs:
+    for place, micro_batch in enumerate(inputs):
         output: ModelOutput = model(micro_batch.tokens_BS, micro_batch.context)
         loss_sum = cross_entropy_sum(output.logits_BSV.flatten(0, 1), micro_batch.labels_BS.flatten())
         mtp = mtp_loss(output, micro_batch.labels_BS, settings.boundary_id)
         balance_totals = totals or pass_totals(model, mesh, output)
         balance_sum = balance_loss_sum(model, output, balance_totals, settings.mtp_coef)
-        engine.backward((loss_sum + settings.mtp_coef * mtp.mean_sum + balance_sum) / tokens)
+        loss = (loss_sum + settings.mtp_coef * mtp.mean_sum + balance_sum) / tokens
+        engine.backward(loss, is_last=place == len(inputs) - 1)
         tally.add(loss_sum, output.records, mtp)
     grad_norm = engine.step(settings.learning_rate, settings.clip_norm)
     if settings.moves_biases:

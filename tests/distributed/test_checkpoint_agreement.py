@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from part_samples import parts_of
 from spawn import run_ranks
 
 from moe_train.checkpoint import manager, reader
@@ -16,8 +17,6 @@ from moe_train.checkpoint.state import CheckpointState
 from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World
 from moe_train.errors import CheckpointError
-
-EXPERT_KEYS = ("model.experts.w",)
 
 
 def refuse(*args: Any, **kwargs: Any) -> None:
@@ -53,26 +52,27 @@ def message_with(world: World, fault: tuple[int, Callable[[pytest.MonkeyPatch], 
     return str(caught.value)
 
 
-def state() -> CheckpointState:
+def state(rank: int) -> CheckpointState:
     tensors = {"model.experts.w": torch.ones(2, 3), "model.embed": torch.ones(4)}
-    return CheckpointState(tensors, EXPERT_KEYS, {}, b"random")
+    parts = parts_of(tensors, ["model.experts.w"], range(2 * rank, 2 * rank + 2), num_experts=4)
+    return CheckpointState(parts, {}, b"random")
 
 
 def resume_and_fill(folder: Path, world: World, mesh: Mesh) -> int:
-    found = CheckpointManager(folder, world, mesh, keep=2).resume(str(folder / "step_00000020"))
+    found = CheckpointManager(folder, world, mesh.layout, keep=2).resume(str(folder / "step_00000020"))
     assert found is not None
-    found.fill(state().tensors, EXPERT_KEYS)
+    found.fill(state(world.rank).parts)
     return found.step
 
 
-def step_after_damage(path: Path, world: World, mesh: Mesh) -> int:
+def step_after_damage(path: Path, world: World) -> int:
     """Return the step that this rank goes back to when a file is damaged; heal the file."""
     whole = path.read_bytes()
     world.barrier()
     if world.is_leader:
         path.write_bytes(whole[:-1] + b"?")
     world.barrier()
-    found = latest_good(path.parent.parent, world, mesh)
+    found = latest_good(path.parent.parent, world)
     assert found is not None
     world.barrier()
     if world.is_leader:
@@ -82,19 +82,19 @@ def step_after_damage(path: Path, world: World, mesh: Mesh) -> int:
 
 def fail_in_every_way(world: World, folder: Path) -> dict[str, Any]:
     mesh = build_mesh(world, world.size)
-    saver = CheckpointManager(folder, world, mesh, keep=2)
-    saver.save(10, state())
+    saver = CheckpointManager(folder, world, mesh.layout, keep=2)
+    saver.save(10, state(world.rank))
     told: dict[str, Any] = {}
     for name, fault in SAVE_FAULTS.items():
-        told[name] = message_with(world, fault, lambda: saver.save(20, state()))
+        told[name] = message_with(world, fault, lambda: saver.save(20, state(world.rank)))
         world.barrier()
         told[f"left by {name}"] = sorted(path.name for path in folder.iterdir())
-    saver.save(20, state())
+    saver.save(20, state(world.rank))
     for name, fault in LOAD_FAULTS.items():
         told[name] = message_with(world, fault, lambda: resume_and_fill(folder, world, mesh))
     told["without faults"] = resume_and_fill(folder, world, mesh)
     names = sorted(path.name for path in (folder / "step_00000020").iterdir())
-    told["after damage"] = {name: step_after_damage(folder / "step_00000020" / name, world, mesh) for name in names}
+    told["after damage"] = {name: step_after_damage(folder / "step_00000020" / name, world) for name in names}
     return told
 
 

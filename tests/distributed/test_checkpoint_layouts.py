@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from part_samples import parts_of
 from spawn import run_ranks
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from moe_train.checkpoint.manager import CheckpointManager
 from moe_train.checkpoint.reader import Checkpoint, open_at
 from moe_train.checkpoint.state import CheckpointState
 from moe_train.dist.mesh import Mesh, build_mesh
+from moe_train.dist.parts import Part
 from moe_train.dist.world import World, joined
 
 NUM_EXPERTS = 8
@@ -32,17 +34,21 @@ def part(mesh: Mesh) -> dict[str, Tensor]:
     return {key: tensor[held.start : held.stop] if key in EXPERT_KEYS else tensor for key, tensor in whole().items()}
 
 
+def parts(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Part]:
+    return parts_of(tensors, EXPERT_KEYS, mesh.layout.experts(mesh.rank, NUM_EXPERTS), NUM_EXPERTS)
+
+
 def save(world: World, mesh: Mesh, folder: Path) -> Path:
     random = f"random of {world.rank}".encode()
-    state = CheckpointState(part(mesh), EXPERT_KEYS, {"tokens": 7}, random)
-    return CheckpointManager(folder, world, mesh, keep=1).save(50, state)
+    state = CheckpointState(parts(part(mesh), mesh), {"tokens": 7}, random)
+    return CheckpointManager(folder, world, mesh.layout, keep=1).save(50, state)
 
 
-def is_exact(found: Checkpoint) -> bool:
-    truth = part(found.mesh)
+def is_exact(found: Checkpoint, mesh: Mesh) -> bool:
+    truth = part(mesh)
     filled = {key: torch.full_like(tensor, torch.nan) for key, tensor in truth.items()}
-    found.fill(filled, EXPERT_KEYS)
-    expected_random = f"random of {found.mesh.rank}".encode() if found.mesh.rank < found.manifest.world_size else None
+    found.fill(parts(filled, mesh))
+    expected_random = f"random of {mesh.rank}".encode() if mesh.rank < found.manifest.world_size else None
     return (
         all(torch.equal(filled[key], truth[key]) for key in truth)
         and found.trainer == {"tokens": 7}
@@ -57,7 +63,7 @@ def save_and_load_all(world: World, run: Path) -> dict[str, bool]:
         save(world, mesh, run / f"w{world.size}ep{ep}")
     saved = sorted(path.name for path in run.iterdir())
     return {
-        f"{name} -> w{world.size}ep{ep}": is_exact(open_at(run / name, world, mesh))
+        f"{name} -> w{world.size}ep{ep}": is_exact(open_at(run / name, world), mesh)
         for name in saved
         for ep, mesh in meshes.items()
     }

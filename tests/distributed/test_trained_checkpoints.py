@@ -53,8 +53,8 @@ def save_at_ep_4_and_load_everywhere(world: World, folder: Path, cases: list[Cas
     for number, case in enumerate(cases):
         engine, mesh = engine_on(world, meshes[4], case), meshes[4]
         step(engine, mesh, world, case, 0)
-        state = CheckpointState(engine.tensors(), engine.expert_keys(), {"step": 1}, None)
-        path = CheckpointManager(folder / f"{number}", world, mesh, keep=1).save(1, state)
+        state = CheckpointState(engine.parts(), {"step": 1}, None)
+        path = CheckpointManager(folder / f"{number}", world, mesh.layout, keep=1).save(1, state)
         truth = whole_state(engine, mesh)
         assert any(name.endswith("router.bias_E") and value.any() for name, value in truth.items()) == (
             case is cases[0]
@@ -63,7 +63,7 @@ def save_at_ep_4_and_load_everywhere(world: World, folder: Path, cases: list[Cas
         later = whole_state(engine, mesh)
         for ep, mesh in meshes.items():
             engine = engine_on(world, mesh, case)
-            open_at(path, world, mesh).fill(engine.tensors(), engine.expert_keys())
+            open_at(path, world).fill(engine.parts())
             found = whole_state(engine, mesh)
             wrong[case.name, ep] = [name for name in truth if not torch.equal(found[name], truth[name])]
             step(engine, mesh, world, case, 1)

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_samples import EXPERT_KEYS, Lone, make_state, zeros_like
+from checkpoint_samples import Lone, make_state, parts, zeros_like
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from part_samples import values_of
 
 from moe_train.checkpoint import manager
 from moe_train.checkpoint.faults import FAULT_POINTS, FAULT_VARIABLE
@@ -103,8 +104,8 @@ def test_a_repeated_run_neither_reuses_nor_loses_what_was_there(
     found = lone.manager(run / "checkpoints").resume("auto")
     assert found is not None
     filled = zeros_like(new)
-    found.fill(filled, EXPERT_KEYS)
-    assert torch.equal(filled["model.embed"], new.tensors["model.embed"])
+    found.fill(parts(filled))
+    assert torch.equal(filled["model.embed"], values_of(new.parts)["model.embed"])
 
 
 def test_a_damaged_checkpoint_is_written_anew_when_the_run_comes_by_again(
@@ -227,7 +228,7 @@ def test_a_disk_that_fails_under_the_tensors(
 
 def test_an_error_of_ours_is_shown_with_its_traceback(lone: Lone, run: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(CheckpointError, match="TypeError"):
-        lone.manager(run / "checkpoints").save(30, CheckpointState({}, (), {"step": object()}, None))
+        lone.manager(run / "checkpoints").save(30, CheckpointState({}, {"step": object()}, None))
     assert "Traceback" in caplog.text
 
 
@@ -274,8 +275,8 @@ def test_a_kill_at_any_point_leaves_a_good_checkpoint(lone: Lone, run: Path, sta
     assert found is not None
     assert found.step == (30 if "prune" in point else 20)
     filled = zeros_like(state_at(0))
-    found.fill(filled, EXPERT_KEYS)
-    assert all(torch.equal(filled[key], tensor) for key, tensor in state_at(found.step).tensors.items())
+    found.fill(parts(filled))
+    assert all(torch.equal(filled[key], tensor) for key, tensor in values_of(state_at(found.step).parts).items())
     assert not [name for name in names(run / "checkpoints") if name.startswith(".")]
     saver.save(40, state_at(40))
     assert names(run / "checkpoints") == ["step_00000040"]
@@ -297,7 +298,7 @@ def test_there_is_a_good_checkpoint_at_every_instant(lone: Lone, keep: int, live
 
     def look(point: str) -> None:
         nonlocal newest
-        found = latest_good(folder, lone.world, lone.mesh)
+        found = latest_good(folder, lone.world)
         step = 0 if found is None else found.step
         assert step >= newest, f"at {point} the run had {newest} and would go back to {step}"
         newest = step

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_samples import EXPERT_KEYS, Lone, zeros_like
+from checkpoint_samples import Lone, parts, zeros_like
+from part_samples import values_of
 
 from moe_train.checkpoint.manifest import METADATA, read_manifest, record_of
 from moe_train.checkpoint.metadata import read_metadata
@@ -19,7 +20,7 @@ StateAt = Callable[[int], CheckpointState]
 
 
 def saved(lone: Lone, folder: Path, state: CheckpointState) -> Checkpoint:
-    return open_checkpoint(lone.manager(folder).save(7, state), lone.world, lone.mesh)
+    return open_checkpoint(lone.manager(folder).save(7, state), lone.world)
 
 
 def test_everything_comes_back_in_place(lone: Lone, tmp_path: Path, state_at: StateAt) -> None:
@@ -28,8 +29,8 @@ def test_everything_comes_back_in_place(lone: Lone, tmp_path: Path, state_at: St
     assert (found.step, found.trainer, found.random) == (7, {"step": 7, "tokens": 70}, b"random 7")
     filled = zeros_like(state)
     addresses = {key: tensor.data_ptr() for key, tensor in filled.items()}
-    found.fill(filled, EXPERT_KEYS)
-    for key, tensor in state.tensors.items():
+    found.fill(parts(filled))
+    for key, tensor in values_of(state.parts).items():
         assert torch.equal(filled[key], tensor), key
         assert filled[key].data_ptr() == addresses[key], key
 
@@ -38,16 +39,16 @@ def test_parameters_that_require_gradients_are_filled(lone: Lone, tmp_path: Path
     state = state_at(7)
     parameter = torch.nn.Parameter(torch.zeros(5, 3))
     tensors = zeros_like(state) | {"model.embed": parameter}
-    saved(lone, tmp_path, state).fill(tensors, EXPERT_KEYS)
-    assert torch.equal(parameter, state.tensors["model.embed"])
+    saved(lone, tmp_path, state).fill(parts(tensors))
+    assert torch.equal(parameter, values_of(state.parts)["model.embed"])
     assert parameter.requires_grad
 
 
 def test_the_model_alone_can_be_asked_for(lone: Lone, tmp_path: Path, state_at: StateAt) -> None:
     state = state_at(7)
     model = {key: tensor for key, tensor in zeros_like(state).items() if key.startswith("model.")}
-    saved(lone, tmp_path, state).fill(model, {"model.experts.w"})
-    assert all(torch.equal(tensor, state.tensors[key]) for key, tensor in model.items())
+    saved(lone, tmp_path, state).fill(parts(model))
+    assert all(torch.equal(tensor, values_of(state.parts)[key]) for key, tensor in model.items())
 
 
 def test_each_difference_is_listed_and_nothing_is_overwritten(lone: Lone, tmp_path: Path, state_at: StateAt) -> None:
@@ -57,7 +58,7 @@ def test_each_difference_is_listed_and_nothing_is_overwritten(lone: Lone, tmp_pa
     del tensors["optim.experts.w.step"]
     tensors["model.head"] = torch.zeros(2)
     with pytest.raises(CheckpointError) as caught:
-        saved(lone, tmp_path, state).fill(tensors, EXPERT_KEYS)
+        saved(lone, tmp_path, state).fill(parts(tensors))
     assert [str(problem).split(";")[0] for problem in caught.value.problems] == [
         "model.experts.w: has shape (4, 3, 2) in the checkpoint, not (8, 3, 2)",
         "model.head: is missing in the checkpoint",
@@ -68,7 +69,7 @@ def test_each_difference_is_listed_and_nothing_is_overwritten(lone: Lone, tmp_pa
 
 def test_a_rank_that_did_not_exist_gets_no_random_state(lone: Lone, tmp_path: Path, state_at: StateAt) -> None:
     state = state_at(7)
-    found = saved(lone, tmp_path, CheckpointState(state.tensors, EXPERT_KEYS, state.trainer, None))
+    found = saved(lone, tmp_path, CheckpointState(state.parts, state.trainer, None))
     assert found.random is None
 
 
@@ -91,9 +92,9 @@ def test_metadata_with_a_payload_does_not_run_even_when_the_manifest_is_forged(
     manifest = read_manifest(folder)
     forged = manifest.model_copy(update={"files": manifest.files | {METADATA: record_of(folder / METADATA)}})
     (folder / "manifest.json").write_text(forged.render())
-    found = open_checkpoint(folder, lone.world, lone.mesh)
+    found = open_checkpoint(folder, lone.world)
     with pytest.raises(CheckpointError, match="which no checkpoint of tensors needs"):
-        found.fill(zeros_like(state), EXPERT_KEYS)
+        found.fill(parts(zeros_like(state)))
     assert not (tmp_path / "canary").exists()
 
 
@@ -108,5 +109,5 @@ def test_every_number_format_passes_the_restricted_reader(lone: Lone, tmp_path: 
     formats = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
     tensors = {f"model.{dtype}": torch.ones(2).to(dtype) for dtype in formats}
     filled = {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
-    saved(lone, tmp_path, CheckpointState(tensors, (), {}, None)).fill(filled, ())
+    saved(lone, tmp_path, CheckpointState(parts(tensors), {}, None)).fill(parts(filled))
     assert all(torch.equal(filled[key], tensors[key]) for key in tensors)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from layouts import VOCAB, Case, rank_batches
+from part_samples import values_of
 from spawn import run_ranks
 from torch import Tensor
 
@@ -42,13 +43,13 @@ def check_sums(engine: TorchEngine, mesh: Mesh) -> None:
 
 def check_refusal(engine: TorchEngine, mesh: Mesh) -> None:
     """One rank has a bad gradient: all refuse it, and nothing has changed anywhere."""
-    before = {key: value.clone() for key, value in engine.tensors().items()}
+    before = {key: value.clone() for key, value in values_of(engine.parts()).items()}
     engine.zero_grad()
     if mesh.rank == 1:
         engine.gradients.experts[0] = float("nan")
     with pytest.raises(NonFiniteGradientError):
         engine.step(RATE, CLIP_NORM)
-    assert all(torch.equal(value, before[key]) for key, value in engine.tensors().items())
+    assert all(torch.equal(value, before[key]) for key, value in values_of(engine.parts()).items())
 
 
 def check_and_train(world: World) -> dict[int, dict[str, Tensor]]:
@@ -61,7 +62,7 @@ def check_and_train(world: World) -> dict[int, dict[str, Tensor]]:
             batches = rank_batches(batch, world.rank, world.size, 1)
             train_step(engine, mesh, batches, batch[0].numel(), StepSettings(RATE, CLIP_NORM, seed=0))
         check_refusal(engine, mesh)
-        state[ep] = dict(engine.tensors())
+        state[ep] = dict(values_of(engine.parts()))
     return state
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from layouts import VOCAB, Case, rank_batches
+from part_samples import values_of
 from torch import Tensor
 
 from moe_train.dist.mesh import Mesh, build_mesh
@@ -35,7 +36,7 @@ def engine_on(mesh: Mesh) -> TorchEngine:
 
 
 def snapshot(engine: TorchEngine) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in engine.tensors().items()}
+    return {key: value.clone() for key, value in values_of(engine.parts()).items()}
 
 
 def train(engine: TorchEngine, mesh: Mesh, rank: int, size: int, clip_norm: float | None = 0.5) -> None:
@@ -87,38 +88,29 @@ def test_a_bad_gradient_changes_nothing(lone_mesh: Mesh, bad: float) -> None:
     engine.gradients.experts[3] = bad
     with pytest.raises(NonFiniteGradientError, match=r"blocks\.0\.ffn\.experts\.gate_up_LDF2"):
         engine.step(RATE, 1.0)
-    for key, value in engine.tensors().items():
+    for key, value in values_of(engine.parts()).items():
         assert torch.equal(value, before[key]), key
 
 
 def test_state_has_the_same_keys_at_every_step(lone_mesh: Mesh) -> None:
     engine = engine_on(lone_mesh)
-    keys = engine.tensors().keys()
+    keys = values_of(engine.parts()).keys()
     names = dict(engine.model.named_parameters()).keys()
     moments = {f"optim.{name}.{moment}" for name in names for moment in ("step", "exp_avg", "exp_avg_sq")}
     assert keys == {f"model.{name}" for name in names} | moments
     train(engine, lone_mesh, 0, 1)
-    assert engine.tensors().keys() == keys
-
-
-def test_expert_keys_are_those_along_the_experts(lone_mesh: Mesh) -> None:
-    engine = engine_on(lone_mesh)
-    tensors, experts = engine.tensors(), CASE.config().model.ffn.num_experts
-    for key, value in tensors.items():
-        along_experts = ".experts." in key and not key.endswith(".step")
-        assert (key in engine.expert_keys()) == along_experts, key
-        assert not along_experts or value.shape[0] == experts
+    assert values_of(engine.parts()).keys() == keys
 
 
 def test_filling_the_tensors_loads_the_state(lone_mesh: Mesh) -> None:
     trained, fresh = engine_on(lone_mesh), engine_on(lone_mesh)
     train(trained, lone_mesh, 0, 1)
-    for key, value in fresh.tensors().items():
-        value.copy_(trained.tensors()[key])
+    for key, value in values_of(fresh.parts()).items():
+        value.copy_(values_of(trained.parts())[key])
     train(trained, lone_mesh, 0, 1)
     train(fresh, lone_mesh, 0, 1)
-    for key, value in fresh.tensors().items():
-        assert torch.equal(value, trained.tensors()[key]), key
+    for key, value in values_of(fresh.parts()).items():
+        assert torch.equal(value, values_of(trained.parts())[key]), key
 
 
 def test_the_ratio_of_a_group_multiplies_its_rate(lone_mesh: Mesh) -> None:
