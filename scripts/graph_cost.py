@@ -32,6 +32,8 @@ from moe_train.ops.messages import sum_chosen_messages, sum_messages
 
 DIM, EXPERT_DIM, VOCABULARY, LENGTH = 256, 256, 4096, 256
 """Width of a token, hidden units of an expert (configs/model/graph_tiny.yaml), vocabulary, tokens per sequence."""
+GRAPH = GraphConfig(prenorm=True)
+"""That of graph_tiny."""
 WARM_UP = 2
 """Rounds that do not count."""
 
@@ -100,9 +102,9 @@ def measure(timed: Sequence[Timed], setting: Setting) -> None:
                 one.times_ms.append((time.perf_counter() - start_s) * 1e3)
 
 
-def coupled(num_experts: int, layers: int, graph: GraphConfig | None = None) -> ModelConfig:
+def coupled(num_experts: int, layers: int, graph: GraphConfig = GRAPH) -> ModelConfig:
     """Return a model like graph_tiny."""
-    ffn = FFNConfig(num_experts=num_experts, expert_dim=EXPERT_DIM, graph=graph or GraphConfig())
+    ffn = FFNConfig(num_experts=num_experts, expert_dim=EXPERT_DIM, graph=graph)
     return ModelConfig(dim=DIM, layers=layers, ffn=ffn)
 
 
@@ -202,7 +204,7 @@ def over_neighbors(experts: Sequence[int], neighbors: Sequence[int], setting: Se
     sizes = [
         (e, m) for e in experts for m in (e - 1, *sorted((m for m in neighbors if 0 < m < e - 1), reverse=True), 0)
     ]
-    layers = {(e, m): layer_step(e, GraphConfig(max_neighbors=m), setting) for e, m in sizes}
+    layers = {(e, m): layer_step(e, GRAPH.model_copy(update={"max_neighbors": m}), setting) for e, m in sizes}
     sums = {(e, m): sum_steps(e, m, setting) for e, m in sizes if m}
     measure([*layers.values(), *(timed for pair in sums.values() for timed in pair)], setting)
     rows = []
@@ -222,7 +224,7 @@ def over_neighbors(experts: Sequence[int], neighbors: Sequence[int], setting: Se
 
 def layer_products(num_experts: int, max_neighbors: int) -> int:
     """Return the multiplications per token of experts, graph and pooling of one layer."""
-    config = coupled(num_experts, 1, GraphConfig(max_neighbors=max_neighbors))
+    config = coupled(num_experts, 1, GRAPH.model_copy(update={"max_neighbors": max_neighbors}))
     assert config.ffn.graph is not None, "it was just set"
     experts = times(num_experts, network_size(DIM, EXPERT_DIM, config.ffn.activation))
     return (experts + coupling_size(config, config.ffn.graph)).multiplied
@@ -232,9 +234,9 @@ def over_memory(num_experts: int, setting: Setting) -> str:
     """Return the table of what bounds the E-fold activations of the graph-coupled layers of a model."""
     chunk = max(1, setting.num_tokens // 4)
     graphs = {
-        "all kept": GraphConfig(),
-        "`recompute`": GraphConfig(recompute=True),
-        f"`recompute`, `chunk_tokens={chunk}`": GraphConfig(recompute=True, chunk_tokens=chunk),
+        "all kept": GRAPH,
+        "`recompute`": GRAPH.model_copy(update={"recompute": True}),
+        f"`recompute`, `chunk_tokens={chunk}`": GRAPH.model_copy(update={"recompute": True, "chunk_tokens": chunk}),
     }
     timed = {name: layer_step(num_experts, graph, setting, setting.layers) for name, graph in graphs.items()}
     measure(list(timed.values()), setting)
