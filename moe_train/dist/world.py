@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from moe_train.dist.lives import this_life
 from moe_train.dist.rollcall import RollCall
 from moe_train.errors import UserError
-
 
 HEARTBEAT_S = 10.0
 """Between two words of rank 0 to those who wait for it, in seconds."""
@@ -165,7 +165,8 @@ def world_from_environment(timeout_s: float) -> Iterator[World]:
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
-    with joined(launcher_store(size, timeout_s), World(rank, size, device, timeout_s)) as world:
+    store = this_life(launcher_store(size, timeout_s), rank, size, timeout_s)
+    with joined(store, World(rank, size, device, timeout_s)) as world:
         yield world
 
 

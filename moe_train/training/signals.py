@@ -1,9 +1,13 @@
-"""A polite end: SIGTERM and Ctrl-C let the current step finish and save; a second Ctrl-C ends at once."""
+"""A polite end: a signal lets the current step finish and save; a second Ctrl-C ends at once."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
+
+
+POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""What launchers and people send: the last one is how schedulers announce that the time is nearly over."""
 
 
 class StopRequest:
@@ -14,7 +18,7 @@ class StopRequest:
         self.previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in POLITE:
             self.previous[number] = signal.signal(number, self.note)
         return self
 

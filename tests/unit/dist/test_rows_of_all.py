@@ -12,8 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moe_train.dist.comm import METER, gather_rows_of_all, sum_rows_of_all
-from moe_train.dist.mesh import Mesh, build_mesh
-from moe_train.dist.world import World
+from moe_train.dist.mesh import Mesh
 
 ROWS, SHAPE = 3, (2, 5)
 """Of one rank, and the shape of a row."""
