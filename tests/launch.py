@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -117,6 +118,14 @@ class Command:
     def output(self) -> str:
         """What the command has printed so far."""
         return f"--- stdout ---\n{self.out.read_text()}\n--- stderr ---\n{self.err.read_text()}"
+
+
+def free_port() -> int:
+    """A port that nobody listens on; rendezvous needs one."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
 
 
 @contextlib.contextmanager

@@ -5,23 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from launch import ROOT, Command, Ended, assert_same_tensors, checkpoint_path, curve, run, running, wait_for_step
+from launch import (
+    ROOT,
+    Command,
+    Ended,
+    assert_same_tensors,
+    checkpoint_path,
+    curve,
+    free_port,
+    run,
+    running,
+    wait_for_step,
+)
 
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    """A port that nobody listens on; rendezvous needs one."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager
