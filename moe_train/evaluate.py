@@ -19,7 +19,7 @@ def main(config: EvaluateConfig) -> None:
 
     with world_from_environment(config.parallel.timeout_s) as world:
         run_dir = Path(config.run.dir).expanduser()
-        trained = load_trained(run_dir, config.checkpoint, config.parallel.ep, world)
+        trained = load_trained(run_dir, config.checkpoint, config.parallel, world)
         train = trained.config.train
         corpus = open_corpus(trained.config.data, trained.config.tokenizer, world.leader_first)
         rows = max(1, (train.micro_batch or train.global_batch) // world.size)

@@ -20,7 +20,7 @@ def main(config: ExportConfig) -> None:
         run_dir, to = Path(config.run.dir).expanduser(), Path(config.to).expanduser()
         world.leader_first(lambda: preflight(config, read_config(run_dir).model))
         choice = preflight(config, read_config(run_dir).model)
-        trained = load_trained(run_dir, config.checkpoint, config.parallel.ep, world)
+        trained = load_trained(run_dir, config.checkpoint, config.parallel, world)
         step = trained.checkpoint.step
         subject = Subject(trained.config, trained.tokenizer, trained.model, trained.mesh, run_dir, step)
         exported = publish(config, choice, subject, world)

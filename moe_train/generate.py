@@ -17,7 +17,7 @@ def main(config: GenerateConfig) -> None:
 
     with world_from_environment(config.parallel.timeout_s) as world:
         run_dir = Path(config.run.dir).expanduser()
-        trained = load_trained(run_dir, config.checkpoint, config.parallel.ep, world)
+        trained = load_trained(run_dir, config.checkpoint, config.parallel, world)
         tokenizer = trained.tokenizer
         # A text without a beginning starts like a document: after a boundary.
         prompt = tokenizer.encode(config.prompt) or [tokenizer.boundary_id]

@@ -84,7 +84,7 @@ def prepare(num_experts: int, top_k: int, num_tokens: int) -> Size:
     routing = dataclasses.replace(routing, **leaves)
     plan = layer.capacity.plan(routing, context, training=True)
     limited = Capacity(FactorCapacityConfig(), num_experts, top_k)
-    arrived = layer.exchange.dispatch(x_TD, plan)
+    (arrived,) = layer.exchange.dispatch(x_TD, plan)
     row_map = map_rows(arrived.experts_RK, num_experts, arrived.num_assignments)
     rows_AD = x_TD.detach()[row_map.tokens_N].requires_grad_()
     grad_TD, grad_AD = torch.ones_like(x_TD), torch.ones_like(rows_AD)
@@ -99,7 +99,7 @@ def prepare(num_experts: int, top_k: int, num_tokens: int) -> Size:
         torch.autograd.backward(layer.balance.share(sums, sums.statistics))
 
     def permute() -> None:
-        moved = layer.exchange.dispatch(x_TD, plan)
+        (moved,) = layer.exchange.dispatch(x_TD, plan)
         rows = gather_rows(x_TD, map_rows(moved.experts_RK, num_experts, moved.num_assignments))
         torch.autograd.backward(rows, grad_AD)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from oracle import BOUNDARY, IGNORE, Split, Truth
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from moe_train.config.compose import compose_config
 from moe_train.config.model import FFNConfig
@@ -20,7 +22,8 @@ from moe_train.models.transformer import Transformer, build_model
 from moe_train.moe.exchange import LocalExchange, exchange_for
 from moe_train.moe.layer import MoELayer
 from moe_train.moe.roles import Kind, roles_of
-from moe_train.parallel.engine import TorchEngine
+from moe_train.parallel.engine import Engine, TorchEngine
+from moe_train.parallel.shard import shard
 from moe_train.training.optim import build_optimizer
 from moe_train.training.schedule import settings_at
 from moe_train.training.step import train_step
@@ -142,10 +145,11 @@ def rank_batches(batch: tuple[Tensor, Tensor], rank: int, world_size: int, accum
 
 
 def gathered(model: Transformer, mesh: Mesh, pick) -> dict[str, Tensor]:
-    """Whole tensors of every parameter: the experts of an EP group one after the other."""
+    """Whole tensors of every parameter, of whatever shards: the experts of an EP group one after the other."""
     whole = {}
     for name, parameter in model.named_parameters():
-        value = pick(parameter).detach().clone()
+        value = pick(parameter).detach()
+        value = value.full_tensor() if isinstance(value, DTensor) else value.clone()
         if roles_of(model)[name].kind is Kind.EXPERT:
             parts = [torch.empty_like(value) for _ in range(mesh.ep.size())]
             dist.all_gather(parts, value, group=mesh.ep)
@@ -154,13 +158,30 @@ def gathered(model: Transformer, mesh: Mesh, pick) -> dict[str, Tensor]:
     return whole
 
 
-def run_layout(mesh: Mesh, case: Case, accumulation: int, dtype: torch.dtype = torch.float64) -> Truth:
-    """Train on this layout."""
+def torch_engine(mesh: Mesh, case: Case, precision: str) -> TorchEngine:
+    """The product's own engine; it shards where the mesh does."""
     config = case.config()
     exchange = exchange_for(mesh, config.model.ffn.num_experts, getattr(config.model.ffn.capacity, "pad", False))
-    precision = {torch.float64: "fp64", torch.float32: "fp32"}[dtype]
     model = case.prepare(build_model(config.model, VOCAB, exchange, precision, torch.device("cpu")))
-    engine = TorchEngine(model, build_optimizer(model, config.optim), mesh)
+    if mesh.sharding is not None:
+        shard(model, mesh, torch.bfloat16 if precision == "bf16" else None)
+    return TorchEngine(model, build_optimizer(model, config.optim), mesh)
+
+
+PRECISION = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def run_layout(
+    mesh: Mesh,
+    case: Case,
+    accumulation: int,
+    dtype: torch.dtype = torch.float64,
+    make_engine: Callable[[Mesh, Case, str], Engine] = torch_engine,
+) -> Truth:
+    """Train on this layout; ``dtype`` is that of the activations."""
+    config = case.config()
+    engine = make_engine(mesh, case, PRECISION[dtype])
+    model = engine.model
     truth = Truth()
     for step, (batch, rate) in enumerate(zip(case.batches(), RATES, strict=False)):
         tokens = int((batch[1] != IGNORE).sum())

@@ -6,6 +6,7 @@ each visible folder is whole. What a killed process leaves behind is hidden, and
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
@@ -64,6 +65,15 @@ class CheckpointManager:
         if found is not None and found.path.resolve().parent == self.folder.resolve():
             self.departure = found.step
         return found
+
+    def in_background(self) -> CheckpointManager:
+        """Return this manager for a thread beside the training, to be used instead of this one. Collective.
+
+        To be called after `resume`: it must know where the run departs from.
+        """
+        other = copy.copy(self)
+        other.world = self.world.in_background()
+        return other
 
     def save(self, step: int, state: CheckpointState) -> Path:
         """Publish a checkpoint and prune old ones; does nothing when this run has published the step. Collective.

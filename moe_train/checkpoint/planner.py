@@ -6,6 +6,7 @@ what a DTensor would need. The files are those of torch's own planners: either r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
 
@@ -70,9 +71,14 @@ class PartReader(DefaultLoadPlanner):
         assert self.metadata is not None, "torch gives the metadata before it asks for a plan"
         items: list[ReadItem] = []
         for key, part in cast(Parts, self.state_dict).items():
+            if not part.boxes:
+                continue  # nothing of it is held here, or it has no values at all and is in no file
             saved = self.metadata.state_dict_metadata[key]
             assert isinstance(saved, TensorStorageMetadata), f"{key} is no tensor: the comparison let it pass"
-            items += create_read_items_for_chunk_list(key, saved, [chunk_of(box) for box in part.boxes])
+            found = create_read_items_for_chunk_list(key, saved, [chunk_of(box) for box in part.boxes])
+            missing = sum(box.values.numel() for box in part.boxes) - sum(math.prod(item.lengths) for item in found)
+            assert missing == 0, f"the files hold {missing} values too few of {key}"
+            items += found
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:

@@ -73,19 +73,23 @@ class Checkpoint:
     manifest: Manifest
     world: World
 
-    def fill(self, parts: Mapping[str, Part]) -> None:
+    def fill(self, parts: Mapping[str, Part], partial: bool = False) -> None:
         """Overwrite the boxes of the parts in place with their values in the checkpoint. Collective.
+
+        A rank reads the files' boxes that overlap with its own, of large ones only the rows.
 
         Args:
             parts: by key as in `CheckpointState`, in the present layout; the values are converted to each tensor's
                 dtype and device. A section may be left out whole: ``model.*`` alone is fine.
+            partial: whether single keys may be left out too, other ones on each rank; and of a tensor any boxes. What
+                is asked for and missing in the checkpoint is an error all the same.
 
         Raises:
             CheckpointError: on all ranks. Keys or shapes differ: all are listed and nothing is overwritten. Reading
                 failed: the tensors are undefined.
         """
         metadata = together(self.world, "reading metadata", lambda: read_metadata(self.path, self.manifest))
-        together(self.world, "comparing tensors", lambda: require_fit(metadata, parts))
+        together(self.world, "comparing tensors", lambda: require_fit(metadata, parts, partial))
         together(self.world, "reading tensors", lambda: read_tensors(self.path, metadata, parts, self.world))
 
 
@@ -140,8 +144,8 @@ def open_at(path: Path, world: World) -> Checkpoint:
     Raises:
         CheckpointError: on all ranks, when there is none or it is damaged.
     """
-    is_checkpoint = on_leader(world, "looking for checkpoints", lambda: _is_checkpoint(path))
-    if is_checkpoint:
+    found_one = on_leader(world, "looking for checkpoints", lambda: is_checkpoint(path))
+    if found_one:
         return open_checkpoint(path, world)
     found = latest_good(path / CHECKPOINTS, world) or latest_good(path, world)
     if found is None:
@@ -150,7 +154,8 @@ def open_at(path: Path, world: World) -> Checkpoint:
     return found
 
 
-def _is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint, by its name or because it holds a manifest."""
     return step_of(path) is not None or (path / MANIFEST).is_file()
 
 

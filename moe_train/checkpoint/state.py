@@ -58,19 +58,30 @@ def read_tensors(folder: Path, metadata: Metadata, parts: Mapping[str, Part], wo
     load(dict(parts), storage_reader=reader, planner=PartReader(), process_group=world.group)
 
 
-def differences(metadata: Metadata, parts: Mapping[str, Part]) -> list[Problem]:
+def sizes_of(metadata: Metadata) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a checkpoint by key."""
+    entries = metadata.state_dict_metadata.items()
+    return {key: tuple(entry.size) for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+
+def differences(metadata: Metadata, parts: Mapping[str, Part], partial: bool = False) -> list[Problem]:
     """Return how a checkpoint's keys and shapes differ from those of ``parts``, by key.
 
     Sections (the part of a key before the first dot) of which ``parts`` has nothing are left out: inference asks for
-    ``model`` alone.
+    ``model`` alone. Tensors without values are left out: they are in no file.
+
+    Args:
+        metadata: of the checkpoint.
+        parts: what is to be filled.
+        partial: whether keys of the checkpoint may be missing in ``parts``.
     """
     sections = {key.partition(".")[0] for key in parts}
+    wanted = {key: part.shape for key, part in parts.items() if 0 not in part.shape}
     saved = {
-        key: tuple(entry.size)
-        for key, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and key.partition(".")[0] in sections
+        key: shape
+        for key, shape in sizes_of(metadata).items()
+        if (key in parts or not partial) and key.partition(".")[0] in sections and 0 not in shape
     }
-    wanted = {key: part.shape for key, part in parts.items()}
     problems = []
     for key in sorted(saved.keys() | wanted.keys()):
         if key not in saved:
@@ -83,8 +94,8 @@ def differences(metadata: Metadata, parts: Mapping[str, Part]) -> list[Problem]:
     return problems
 
 
-def require_fit(metadata: Metadata, parts: Mapping[str, Part]) -> None:
+def require_fit(metadata: Metadata, parts: Mapping[str, Part], partial: bool = False) -> None:
     """Raise CheckpointError with every difference, before any tensor is touched."""
-    problems = differences(metadata, parts)
+    problems = differences(metadata, parts, partial)
     if problems:
         raise CheckpointError(problems)

@@ -6,10 +6,15 @@ import os
 from collections.abc import Callable, Iterator
 
 from moe_train.config.attention import GroupedQueryConfig, RotaryConfig
+from moe_train.config.deepspeed_rules import deepspeed_problems
+from moe_train.config.exchange_rules import exchange_problems
 from moe_train.config.graph_rules import graph_problems
 from moe_train.config.model import ModelConfig
+from moe_train.config.placement_rules import placement_problems
+from moe_train.config.remat_rules import remat_problems
 from moe_train.config.routing_rules import routing_problems
 from moe_train.config.schema import DataConfig, TokenizerConfig, TrainConfig
+from moe_train.config.shard_rules import shard_problems
 from moe_train.errors import ConfigError, Problem
 
 
@@ -259,5 +264,10 @@ def train_problems(config: TrainConfig) -> list[Problem]:
         lambda: layout_problems(config.parallel.ep, config.model.ffn.num_experts, world_size),
         lambda: schedule_problems(config),
         lambda: start_problems(config),
+        lambda: shard_problems(config, world_size),
+        lambda: deepspeed_problems(config, world_size),
+        lambda: exchange_problems(config, world_size),
+        lambda: remat_problems(config, world_size),
+        lambda: placement_problems(config, world_size),
     ]
     return [problem for check in checks for problem in check()]

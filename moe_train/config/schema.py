@@ -123,8 +123,8 @@ class ParallelConfig(LayoutConfig):
     offload: bool = False
     """deepspeed: keep the optimizer state in the host's memory, and update there."""
     remat: Literal["none", "selective", "full"] = "none"
-    """Activations that the backward pass computes again instead of keeping them. selective: all of a block but what
-    was routed, exchanged or attended to; full: all of a block, tokens travel again."""
+    """Activations that the backward pass computes again instead of keeping them. selective: whatever lies between two
+    exchanges, attention's product excepted; full: the whole block, tokens travel again. Neither routes again."""
     placement: Literal["fixed", "auto"] = "fixed"
     """Which experts a rank holds. fixed: a run of consecutive ones; auto: at each checkpoint, those that even out what
     the ranks had to do since the last."""

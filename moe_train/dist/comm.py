@@ -1,15 +1,12 @@
 """The collectives of the forward pass: the only ones, differentiable, counted and timed.
 
 They are custom operators, not plain autograd functions, so that selective activation checkpointing can keep their
-results instead of sending the tokens again (an in-place c10d call cannot be saved).
+results instead of sending the tokens again (an in-place c10d call cannot be saved). Those here wait for what they
+sent; `moe_train.dist.underway` has the same that do not.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,56 +14,25 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group  # type: ignore[attr-defined]
 
+from moe_train.dist.meter import METER
+
+__all__ = [
+    "METER",
+    "all_gather",
+    "all_to_all_rows",
+    "exchange_counts",
+    "gather_rows_of_all",
+    "group_named",
+    "num_bytes",
+    "reduce_scatter",
+    "row_bytes",
+    "sum_over",
+    "sum_rows_of_all",
+]
+
 # Torch 2.13 renamed both and warns of the old names; older versions know no others.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-@dataclass
-class Meter:
-    """What the exchange of this process has cost since the last reset.
-
-    Attributes:
-        sent_bytes: bytes given to other ranks and to itself.
-        calls: number of exchanges.
-        seconds: time on the CPU backend, waiting for slower ranks included.
-        events: pairs of device events around the exchanges, on an accelerator; read when the record is written.
-    """
-
-    sent_bytes: int = 0
-    calls: int = 0
-    seconds: float = 0.0
-    events: list[tuple[torch.Event, torch.Event]] = field(default_factory=list)
-
-    def take_ms(self) -> float:
-        """Return the milliseconds since the last call and start again. Waits for the device."""
-        for start, end in self.events:
-            end.synchronize()
-            self.seconds += start.elapsed_time(end) / 1000.0
-        total_ms = self.seconds * 1000.0
-        self.seconds, self.sent_bytes, self.calls = 0.0, 0, 0
-        self.events.clear()
-        return total_ms
-
-    @contextmanager
-    def exchange(self, device: torch.device, sent_bytes: int) -> Iterator[None]:
-        """Count and time the collective in the block; on an accelerator without waiting for it."""
-        self.sent_bytes += sent_bytes
-        self.calls += 1
-        if device.type == "cpu":
-            start_s = time.perf_counter()
-            yield
-            self.seconds += time.perf_counter() - start_s
-            return
-        start, end = (torch.Event(device, enable_timing=True) for _ in range(2))
-        start.record()
-        yield
-        end.record()
-        self.events.append((start, end))
-
-
-METER = Meter()
-"""Per process, because the backward pass of the operator has no other place to report to."""
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @torch.library.custom_op("moe_train::all_to_all_rows", mutates_args=())
@@ -83,9 +49,10 @@ def all_to_all_rows(x_ND: Tensor, received: list[int], sent: list[int], group_na
         [sum(received), ...] rows in order of source rank. The gradient travels the same way back (the exchange of the
         gradient with the two lists swapped: the adjoint of a permutation is its inverse).
     """
-    group = _resolve_process_group(GroupName(group_name))
+    group = group_named(group_name)
     out = x_ND.new_empty((sum(received), *x_ND.shape[1:]))
-    with METER.exchange(x_ND.device, num_bytes(x_ND)):
+    METER.count(group, [rows * row_bytes(x_ND) for rows in sent])
+    with METER.timed(x_ND.device):
         dist.all_to_all_single(out, x_ND.contiguous(), received, sent, group=group)
     return out
 
@@ -119,9 +86,11 @@ def gather_rows_of_all(x_ND: Tensor, num_ranks: int, group_name: str) -> Tensor:
         [P · N, ...] rows in order of source rank. The gradient of a row is the sum over the ranks that got it: the
         adjoint of an all-gather is a reduce-scatter.
     """
+    group = group_named(group_name)
     out = x_ND.new_empty((num_ranks * len(x_ND), *x_ND.shape[1:]))
-    with METER.exchange(x_ND.device, num_ranks * num_bytes(x_ND)):
-        _all_gather(out, x_ND.contiguous(), group=_resolve_process_group(GroupName(group_name)))
+    METER.count(group, [num_bytes(x_ND)] * num_ranks)
+    with METER.timed(x_ND.device):
+        all_gather(out, x_ND.contiguous(), group=group)
     return out
 
 
@@ -142,9 +111,11 @@ def sum_rows_of_all(x_ND: Tensor, num_ranks: int, group_name: str) -> Tensor:
     Returns:
         [N, ...] sums, whose gradient goes to all ranks: an all-gather.
     """
+    group = group_named(group_name)
     out = x_ND.new_empty((len(x_ND) // num_ranks, *x_ND.shape[1:]))
-    with METER.exchange(x_ND.device, num_bytes(x_ND)):
-        _reduce_scatter(out, x_ND.contiguous(), group=_resolve_process_group(GroupName(group_name)))
+    METER.count(group, [num_bytes(out)] * num_ranks)
+    with METER.timed(x_ND.device):
+        reduce_scatter(out, x_ND.contiguous(), group=group)
     return out
 
 
@@ -167,6 +138,17 @@ def _gather_backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
 
 gather_rows_of_all.register_autograd(_gather_backward, setup_context=_setup_of_all)
 sum_rows_of_all.register_autograd(_sum_backward, setup_context=_setup_of_all)
+
+
+def group_named(name: str) -> dist.ProcessGroup:
+    """Return the process group of a name: operators take no groups."""
+    group: dist.ProcessGroup = _resolve_process_group(GroupName(name))
+    return group
+
+
+def row_bytes(x_ND: Tensor) -> int:
+    """Return the bytes of one row, also of none."""
+    return x_ND.shape[1:].numel() * x_ND.element_size()
 
 
 def num_bytes(x: Tensor) -> int:

@@ -9,7 +9,7 @@ import yaml
 
 from moe_train.checkpoint.reader import Checkpoint, open_at
 from moe_train.config.rules import embedding_rows, layout_problems
-from moe_train.config.schema import TrainConfig
+from moe_train.config.schema import LayoutConfig, TrainConfig
 from moe_train.config.validate import validate
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.dist.mesh import Mesh, build_mesh
@@ -52,23 +52,24 @@ def read_config(run_dir: Path) -> TrainConfig:
     return validate(yaml.safe_load(path.read_text()), TrainConfig, lambda config: [])
 
 
-def load_trained(run_dir: Path, checkpoint: str, ep: int, world: World) -> Trained:
+def load_trained(run_dir: Path, checkpoint: str, layout: LayoutConfig, world: World) -> Trained:
     """Read a model. Collective.
 
     Args:
         run_dir: folder of the run.
         checkpoint: ``latest``, or the path of a checkpoint.
-        ep: ranks over which its experts are sharded; need not be that of the training.
+        layout: how it is to lie on the ranks; need not be that of the training.
         world: the processes.
     """
     world.leader_first(lambda: read_config(run_dir))
     config = read_config(run_dir)
-    problems = list(layout_problems(ep, config.model.ffn.num_experts, world.size))
+    problems = list(layout_problems(layout.ep, config.model.ffn.num_experts, world.size))
     world.agree(ConfigError(problems) if problems else None)
-    mesh = build_mesh(world, ep)
+    mesh = build_mesh(world, layout.ep)
     tokenizer = Tokenizer.load(run_dir / "tokenizer.json", config.tokenizer.boundary_token)
     source = open_at(run_dir if checkpoint == "latest" else Path(checkpoint).expanduser(), world)
-    exchange = exchange_for(mesh, config.model.ffn.num_experts, is_padded(config.model.ffn.capacity))
+    ffn = config.model.ffn
+    exchange = exchange_for(mesh, ffn.num_experts, is_padded(ffn.capacity), layout, ffn.top_k)
     vocab_size = embedding_rows(config.model, tokenizer.vocab_size)
     model = build_model(config.model, vocab_size, exchange, config.train.precision, world.device)
     source.fill(model_parts(model))

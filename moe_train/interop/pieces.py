@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class Held:
 
     tensors: Mapping[str, Tensor]
     sharded: Collection[str]
-    experts: range
+    experts: Sequence[int]
 
     def view(self, name: str, part: Part) -> Tensor | None:
         """Return the place of a part in our tensor, sharing its memory; None when its expert is on another rank."""

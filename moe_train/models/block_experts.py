@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -20,10 +22,10 @@ class BlockExperts(nn.Module):
 
     Args:
         block: a block without values, to be stacked.
-        experts: global indices of the experts held here.
+        experts: global indices of the experts held here, in order of places.
     """
 
-    def __init__(self, block: Block, experts: range) -> None:
+    def __init__(self, block: Block, experts: Sequence[int]) -> None:
         super().__init__()
         self.num_held = len(experts)
         self.block = block
@@ -41,7 +43,7 @@ class BlockExperts(nn.Module):
         return torch.stack(made, dim=2)
 
 
-def stack_parameters(block: nn.Module, experts: range) -> None:
+def stack_parameters(block: nn.Module, experts: Sequence[int]) -> None:
     """Give every parameter of a module a first dimension over experts, and the role of an expert's."""
     roles = roles_of(block)
     for prefix, module in list(block.named_modules()):
@@ -53,6 +55,6 @@ def stack_parameters(block: nn.Module, experts: range) -> None:
             module.roles = {name: as_expert(roles[f"{prefix}.{name}" if prefix else name], experts) for name in own}
 
 
-def as_expert(role: Role, experts: range) -> Role:
+def as_expert(role: Role, experts: Sequence[int]) -> Role:
     """Return the role of a parameter that every expert has."""
     return Role(Kind.EXPERT, role.std, experts, role.truncated, role.mean, role.decays)

@@ -52,12 +52,21 @@ class Block(nn.Module):
 
     def forward(self, x_BSD: Tensor, rotary: Rotary | None, context: RoutingContext) -> BlockOutput:
         """Apply to the residual stream [B, S, D] of the tokens that ``context`` describes."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary)
-        normed_BSD = self.ffn_norm(x_BSD)
+        x_BSD = x_BSD + self.attend(x_BSD, rotary)
         if isinstance(self.ffn, MoELayer | GraphLayer):
-            output = self.ffn(normed_BSD, context)
+            output = self.ffn(self.ffn_norm(x_BSD), context)
             return BlockOutput(x_BSD + output.y_BSD, output.record)
-        return BlockOutput(x_BSD + self.ffn(normed_BSD), None)
+        return BlockOutput(x_BSD + self.feed(x_BSD), None)
+
+    def attend(self, x_BSD: Tensor, rotary: Rotary | None) -> Tensor:
+        """Return what attention adds to the residual stream [B, S, D]. Its shapes are those of the batch."""
+        added_BSD: Tensor = self.attention(self.attention_norm(x_BSD), rotary)
+        return added_BSD
+
+    def feed(self, x_BSD: Tensor) -> Tensor:
+        """Return what a dense network adds to the residual stream [B, S, D]. Its shapes are those of the batch."""
+        added_BSD: Tensor = self.ffn(self.ffn_norm(x_BSD))
+        return added_BSD
 
 
 class CoupledBlocks(nn.Module):

@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from moe_train.dist.parts import Box, Part
 from moe_train.moe.roles import Kind, Role, roles_of
 
 
@@ -14,20 +15,28 @@ from moe_train.moe.roles import Kind, Role, roles_of
 def initialise(model: nn.Module, seed: int) -> None:
     """Fill every parameter from (seed, its name, the expert's global index) alone, and every buffer with zeros.
 
-    Values are drawn in fp32 on the CPU and cast: draws of other dtypes or devices differ.
+    Values are drawn in fp32 on the CPU and cast: draws of other dtypes or devices differ. Of a sharded parameter a rank
+    draws the whole (one expert's at a time) and keeps what it holds: there is no drawing a part of a sequence.
     """
     for buffer in model.buffers():
         buffer.zero_()
     roles = roles_of(model)
     for name, parameter in model.named_parameters():
         role = roles[name]
-        if role.std is None:
-            parameter.fill_(1.0)
-        elif role.kind is Kind.EXPERT:
-            for place, expert in enumerate(role.experts):
-                parameter[place].copy_(draw(parameter.shape[1:], role, f"{seed}|{name}|{expert}"))
-        else:
-            parameter.copy_(draw(parameter.shape, role, f"{seed}|{name}"))
+        for box in Part.of(parameter).boxes:
+            if role.std is None:
+                box.values.fill_(1.0)
+            elif role.kind is Kind.EXPERT:
+                for place, values in enumerate(box.values, start=box.offsets[0]):
+                    key = f"{seed}|{name}|{role.experts[place]}"
+                    values.copy_(cut(draw(parameter.shape[1:], role, key), Box(values, box.offsets[1:])))
+            else:
+                box.values.copy_(cut(draw(parameter.shape, role, f"{seed}|{name}"), box))
+
+
+def cut(whole: Tensor, box: Box) -> Tensor:
+    """Return the values of a whole tensor at the place of a box."""
+    return whole[tuple(slice(first, first + size) for first, size in zip(box.offsets, box.values.shape, strict=True))]
 
 
 def draw(shape: torch.Size, role: Role, key: str) -> Tensor:

@@ -68,10 +68,14 @@ class Transformer(nn.Module):
         )
 
     @property
+    def all_blocks(self) -> list[nn.Module]:
+        """The blocks in order of depth, then those of the modules of multi-token prediction."""
+        return [*self.blocks, *(module.block for module in self.mtp)]
+
+    @property
     def moe_layers(self) -> dict[int, ExpertLayer]:
         """The layers with experts by their depth, in the order of `ModelOutput.records`."""
-        blocks = [*self.blocks, *(module.block for module in self.mtp)]
-        found = ((depth, expert_layer_of(block)) for depth, block in enumerate(blocks))
+        found = ((depth, expert_layer_of(block)) for depth, block in enumerate(self.all_blocks))
         return {depth: layer for depth, layer in found if layer is not None}
 
     def forward(self, tokens_BS: Tensor, context: RoutingContext | None = None) -> ModelOutput:

@@ -14,6 +14,7 @@ from moe_train.moe.context import Purpose, RoutingContext
 from moe_train.moe.queues import Priority, Queues, places
 from moe_train.moe.reroute import reroute
 from moe_train.moe.routing import Routing
+from moe_train.ops.keep import decide
 
 WEIGHT_BITS = 31
 """Bits of an fp32 number that is not negative; read as integers, they have the order of the numbers."""
@@ -55,6 +56,23 @@ class Plan:
     rerouted_TK: Tensor | None = None
     device_limited: bool = False
     slots: Slots | None = None
+
+
+@dataclass(frozen=True)
+class Admissions:
+    """The part of a `Plan` that is decided: integers and booleans, which stay when the rest is computed again.
+
+    Attributes:
+        experts_TK: see `Plan`.
+        kept_TK: see `Plan`.
+        rerouted_TK: see `Plan`.
+        slots: see `Plan`.
+    """
+
+    experts_TK: Tensor
+    kept_TK: Tensor
+    rerouted_TK: Tensor | None
+    slots: Slots | None
 
 
 @dataclass(frozen=True)
@@ -131,7 +149,7 @@ class Capacity:
             case FactorCapacityConfig() as config if limit is not None:
                 return plan_for_experts(config, limit, routing, context, wanted_TK, training)
             case DeviceCapacityConfig() as config if limit is not None:
-                kept_TK = within_budgets(config, limit, self.num_experts, routing, context, wanted_TK)
+                kept_TK = decide(lambda: within_budgets(config, limit, self.num_experts, routing, context, wanted_TK))
                 return Plan(routing.experts_TK, routing.weights_TK, kept_TK, all_kept=False, device_limited=True)
         all_kept = context.valid_BS is None and routing.chosen_TK is None and routing.declined_TK is None
         return Plan(routing.experts_TK, routing.weights_TK, wanted_TK, all_kept)
@@ -174,19 +192,33 @@ def plan_for_experts(
     training: bool,
 ) -> Plan:
     """Fill each expert up to its capacity; reroute or drop the rest."""
+    admitted = decide(lambda: admissions(config, limit, routing, context, wanted_TK, training))
+    weights_TK = routing.weigh(admitted.experts_TK) if config.reroute else routing.weights_TK
+    if config.renormalize == "after":
+        weights_TK = renormalized(weights_TK, wanted_TK, admitted.kept_TK)
+    kept_TK, rerouted_TK = admitted.kept_TK, admitted.rerouted_TK
+    return Plan(admitted.experts_TK, weights_TK, kept_TK, all_kept=False, rerouted_TK=rerouted_TK, slots=admitted.slots)
+
+
+def admissions(
+    config: FactorCapacityConfig,
+    limit: Limit,
+    routing: Routing,
+    context: RoutingContext,
+    wanted_TK: Tensor,
+    training: bool,
+) -> Admissions:
+    """Decide who is kept where, from what the router wants and the room that experts have."""
     queues = queues_of(config.scope, limit, context)
-    experts_TK, weights_TK, rerouted_TK = routing.experts_TK, routing.weights_TK, None
+    experts_TK, rerouted_TK, slots = routing.experts_TK, None, None
     kept_TK = queues.admitted(experts_TK, wanted_TK, priority_of(config, routing, context, training))
     if config.reroute:
         experts_TK, rerouted_TK = reroute(routing.ranking_TE, experts_TK, wanted_TK & ~kept_TK, kept_TK, queues)
-        weights_TK, kept_TK = routing.weigh(experts_TK), kept_TK | rerouted_TK
-    if config.renormalize == "after":
-        weights_TK = renormalized(weights_TK, wanted_TK, kept_TK)
-    slots = None
+        kept_TK = kept_TK | rerouted_TK
     if config.pad:
         num_groups = context.num_tokens // context.length if config.scope == "sequence" else 1
         slots = slots_of(experts_TK, kept_TK, limit, num_groups)
-    return Plan(experts_TK, weights_TK, kept_TK, all_kept=False, rerouted_TK=rerouted_TK, slots=slots)
+    return Admissions(experts_TK, kept_TK, rerouted_TK, slots)
 
 
 def priority_of(
@@ -243,8 +275,8 @@ def renormalized(weights_TK: Tensor, wanted_TK: Tensor, kept_TK: Tensor) -> Tens
     """
     wanted_sum_T1 = (weights_TK * wanted_TK).sum(dim=1, keepdim=True)
     kept_sum_T1 = (weights_TK * kept_TK).sum(dim=1, keepdim=True)
-    enough_T1 = kept_sum_T1 > torch.finfo(weights_TK.dtype).eps * wanted_sum_T1.clamp(min=1.0)
-    partly_T1 = (wanted_TK & ~kept_TK).any(dim=1, keepdim=True) & enough_T1
+    least_T1 = torch.finfo(weights_TK.dtype).eps * wanted_sum_T1.detach().clamp(min=1.0)
+    partly_T1 = decide(lambda: (wanted_TK & ~kept_TK).any(dim=1, keepdim=True) & (kept_sum_T1 > least_T1))
     ratio_T1 = wanted_sum_T1 / torch.where(partly_T1, kept_sum_T1, 1.0)
     return torch.where(partly_T1, weights_TK * ratio_T1, weights_TK)
 

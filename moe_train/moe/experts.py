@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ class ExpertNetworks(nn.Module):
     Args:
         dim: width D of a token.
         hidden_dim: hidden width F of one expert.
-        experts: global indices of the experts held here.
+        experts: global indices of the experts held here, in order of places.
         init_std: standard deviation of the initial values of the first projection.
         out_std: the same of the second, which writes into the residual stream.
         activation: which; with a gate the first projection is 2F wide, else F.
@@ -35,7 +37,7 @@ class ExpertNetworks(nn.Module):
         self,
         dim: int,
         hidden_dim: int,
-        experts: range,
+        experts: Sequence[int],
         init_std: float,
         out_std: float,
         activation: Activation = "swiglu",

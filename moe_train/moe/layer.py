@@ -10,6 +10,7 @@ from moe_train.moe.capacity import Capacity
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.exchange import Exchange
 from moe_train.moe.experts import Experts
+from moe_train.moe.placement import Placement
 from moe_train.moe.record import LayerOutput
 from moe_train.moe.routers import Router
 
@@ -42,6 +43,7 @@ class MoELayer(nn.Module):
         self.experts = experts
         self.balance = balance
         self.shared = shared
+        self.placement = Placement(capacity.num_experts)
 
     def forward(self, x_BSD: Tensor, context: RoutingContext | None = None) -> LayerOutput:
         """Apply the layer.
@@ -54,12 +56,14 @@ class MoELayer(nn.Module):
             context = RoutingContext.of(torch.arange(x_BSD[..., 0].numel(), device=x_BSD.device).view(x_BSD.shape[:2]))
         x_TD = x_BSD.flatten(0, 1)
         routing = self.router(x_TD, context)
-        plan = self.capacity.plan(routing, context, self.training)
-        arrived = self.exchange.dispatch(x_TD, plan)
-        sums_RD = self.experts(arrived)
-        y_BSD = self.exchange.combine(sums_RD, arrived).view_as(x_BSD)
-        if self.shared is not None:
-            y_BSD = y_BSD + self.shared(x_BSD)
+        plan = self.placement(self.capacity.plan(routing, context, self.training))
+        transit = self.exchange.dispatch(x_TD, plan)  # the tokens leave, together or in parts
+        shared_BSD = None if self.shared is None else self.shared(x_BSD)  # works while they travel
+        for arrived in transit:
+            transit.send_home(self.experts(arrived), arrived)
+        y_BSD = transit.home().view_as(x_BSD)
+        if shared_BSD is not None:
+            y_BSD = y_BSD + shared_BSD
         return LayerOutput(y_BSD, RoutingRecord.of(routing, plan, context, self.balance))
 
     def figures(self) -> dict[str, object]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from torch import nn
@@ -26,7 +27,8 @@ class Role:
     Attributes:
         kind: who holds it.
         std: standard deviation of its normal initial values; None: all ones (the gains of norms).
-        experts: for Kind.EXPERT, the global indices of the experts along dimension 0.
+        experts: for Kind.EXPERT, the global indices of the experts along dimension 0, in order of places. They may
+            change between steps (`give_experts`): ask again instead of keeping them.
         truncated: values beyond two standard deviations are drawn again.
         mean: of the initial values.
         decays: whether a matrix is subject to weight decay; vectors never are.
@@ -34,7 +36,7 @@ class Role:
 
     kind: Kind
     std: float | None
-    experts: range = range(0)
+    experts: Sequence[int] = range(0)
     truncated: bool = False
     mean: float = 0.0
     decays: bool = True
@@ -53,3 +55,14 @@ def roles_of(model: nn.Module) -> dict[str, Role]:
             roles[f"{prefix}.{name}" if prefix else name] = declared[name]
     # Tied parameters appear once in named_parameters() and must appear once here.
     return {name: roles[name] for name, _ in model.named_parameters()}
+
+
+def give_experts(module: nn.Module, experts: Sequence[int]) -> None:
+    """Say which experts the parameters of a module are of, in order of places; values do not move."""
+    for owner in module.modules():
+        declared: dict[str, Role] = getattr(owner, "roles", {})
+        if any(role.kind is Kind.EXPERT for role in declared.values()):
+            owner.roles = {  # type: ignore[assignment]
+                name: replace(role, experts=tuple(experts)) if role.kind is Kind.EXPERT else role
+                for name, role in declared.items()
+            }

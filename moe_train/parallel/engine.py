@@ -10,7 +10,8 @@ from torch import Tensor
 from moe_train.dist.mesh import Mesh
 from moe_train.dist.parts import Part
 from moe_train.models.transformer import Transformer
-from moe_train.parallel.gradients import GradientBuffers
+from moe_train.parallel.gradients import GradientBuffers, Gradients
+from moe_train.parallel.shard import ShardedGradients, keep_shards_only
 from moe_train.parallel.state import model_parts, optimizer_parts
 
 
@@ -42,26 +43,29 @@ class NonFiniteGradientError(Exception):
 
 
 class TorchEngine:
-    """Replicated dense parameters, experts sharded over EP groups, torch's optimizer.
+    """Experts sharded over EP groups, dense parameters replicated or sharded, torch's optimizer.
 
     Args:
-        model: with initial values, on its device.
+        model: with initial values, on its device; sharded where the mesh says so.
         optimizer: over the model's parameters.
         mesh: the groups.
     """
 
+    gradients: Gradients
+
     def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
         self.model = model
         self.optimizer = optimizer
-        self.gradients = GradientBuffers(model, mesh)
+        self.gradients = GradientBuffers(model, mesh) if mesh.sharding is None else ShardedGradients(model, mesh)
         materialise(optimizer)
 
     def zero_grad(self) -> None:
-        """Start a step: gradients become zeros in place, never None."""
+        """Start a step."""
         self.gradients.zero()
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Add the gradient of one micro-batch's share of the loss."""
+        """Add the gradient of one micro-batch's share of the loss, which may be the last of the step."""
+        self.gradients.expect(is_last)
         torch.autograd.backward(loss)
 
     def step(self, learning_rate: float, clip_norm: float | None) -> Tensor:
@@ -91,6 +95,7 @@ class TorchEngine:
 
     def parts(self) -> dict[str, Part]:
         """Return weights and optimizer state by key, as the checkpoint names them."""
+        keep_shards_only(self.model)
         return model_parts(self.model) | optimizer_parts(self.model, self.optimizer)
 
     def adopt(self, parts: dict[str, Part]) -> None:

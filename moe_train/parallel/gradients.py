@@ -1,10 +1,13 @@
-"""Gradients in flat buffers: one for what every rank holds, one for this rank's experts.
+"""The gradients of a step: what is asked of them, and flat buffers of those that are not sharded.
 
-Every `p.grad` is a view into its buffer, so that a reduction is one collective, the norm is one pass, and a parameter
-that no token reached has a gradient of zeros instead of None (a rank that skips a collective hangs all others).
+There is one buffer for what every rank holds and one for this rank's experts. Every `p.grad` is a view into its buffer,
+so that a reduction is one collective, the norm is one pass, and a parameter that no token reached has a gradient of
+zeros instead of None (a rank that skips a collective hangs all others).
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,11 +17,34 @@ from moe_train.dist.mesh import Mesh
 from moe_train.moe.roles import Kind, roles_of
 
 
-class GradientBuffers:
+class Gradients(Protocol):
     """The gradients of a model whose losses are sums over tokens, divided once by the global number of tokens.
 
     With that rule every reduction is a plain sum. A dense gradient is summed over all ranks. An expert's gradient has
     already collected the tokens of its EP group by way of the exchange; it is summed over its replicas.
+    """
+
+    def zero(self) -> None:
+        """Start a step."""
+
+    def expect(self, is_last: bool) -> None:
+        """Prepare for a backward pass, which may be the last of the step."""
+
+    def reduce(self) -> None:
+        """Have the sums over the ranks, once per optimizer step; then no gradient is None."""
+
+    def norm(self) -> Tensor:
+        """Return the L2 norm of the whole model's gradient, fp64 scalar, equal on every rank; call after `reduce`."""
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply all gradients with a scalar."""
+
+    def first_nonfinite(self) -> str:
+        """Return the name of the first parameter on this rank with an infinite or undefined gradient, or ''."""
+
+
+class GradientBuffers:
+    """Gradients of parameters that every rank has whole.
 
     Args:
         model: its parameters get their gradients here.
@@ -42,6 +68,9 @@ class GradientBuffers:
         """Start a step."""
         for buffer in (self.dense, self.experts):
             buffer.zero_()
+
+    def expect(self, is_last: bool) -> None:
+        """Do nothing: what is added up here is reduced once, after the last backward pass."""
 
     def reduce(self) -> None:
         """Sum over the ranks, once per optimizer step, in a fixed order on every rank."""

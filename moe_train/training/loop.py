@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from moe_train.checkpoint.state import CheckpointState
 from moe_train.data.loader import Batch
 from moe_train.dist.comm import METER
-from moe_train.errors import CheckpointError
 from moe_train.models.counts import count
+from moe_train.moe.capacity import is_padded
+from moe_train.moe.exchange.choose import choice_for
 from moe_train.observe.records import parse_record
 from moe_train.observe.sinks import RunContext, SinkGroup, open_sinks
 from moe_train.observe.sinks.jsonl import FILE_NAME
 from moe_train.ops.loss import IGNORE
 from moe_train.training.evaluate import evaluate
-from moe_train.training.random import random_state
-from moe_train.training.schedule import settings_at
-from moe_train.training.setup import Run, identity, micro_batch
+from moe_train.training.placement import placement_event
+from moe_train.training.saving import save, save_or_report
+from moe_train.training.schedule import due, settings_at
+from moe_train.training.setup import Run, micro_batch
 from moe_train.training.signals import StopRequest
 from moe_train.training.speed import memory_gib, model_flops_utilisation
 from moe_train.training.step import StepResult, train_step
@@ -55,7 +57,7 @@ def fit(run: Run) -> Outcome:
     """Train from the run's start step to its last, or until a signal. Collective."""
     config = run.config
     context = RunContext(run.folder, config, run.start_step)
-    with open_sinks(context, run.world.is_leader) as sinks, StopRequest() as stop:
+    with open_sinks(context, run.world.is_leader) as sinks, StopRequest() as stop, closing(run.saver):
         announce(run, sinks)
         window = Window()
         step, signal = run.start_step, None
@@ -64,6 +66,8 @@ def fit(run: Run) -> Outcome:
             settings = settings_at(step, config, run.corpus.tokenizer.boundary_id)
             result = train_step(run.engine, run.mesh, batches, tokens, settings)
             step += 1
+            if run.rebalancer is not None:
+                run.rebalancer.observe(result.tally)
             window.steps, window.tokens = window.steps + 1, window.tokens + tokens
             if step % config.log.every == 0 or step in (1, config.train.steps):
                 sinks.write(train_record(run, step, settings.learning_rate, tokens, result, window))
@@ -81,11 +85,6 @@ def fit(run: Run) -> Outcome:
     return Outcome(step, signal, final)
 
 
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens after ``step`` steps."""
-    return every > 0 and step % every == 0
-
-
 def write_eval(sinks: SinkGroup, step: int, figures: dict[str, float]) -> None:
     """Record an evaluation, if there was one."""
     if figures:
@@ -101,7 +100,8 @@ def is_evaluated(folder: Path, step: int) -> bool:
 
 def announce(run: Run, sinks: SinkGroup) -> None:
     """Record how this life of the run starts."""
-    size = count(run.config.model, run.corpus.tokenizer.vocab_size, run.config.data.seq_len)
+    config = run.config.model
+    size = count(config, run.corpus.tokenizer.vocab_size, run.config.data.seq_len)
     event = "resumed" if run.start_step else "started"
     message = (
         f"{event} at step {run.start_step} on {run.world.size} rank(s) of {run.world.device.type}, "
@@ -110,6 +110,14 @@ def announce(run: Run, sinks: SinkGroup) -> None:
     )
     sizes = {"parameters": size.total, "active_parameters": size.active}
     sinks.write({"kind": "event", "step": run.start_step, "event": event, "message": message, **sizes})
+    ffn = config.ffn
+    if run.mesh.layout.ep > 1 and ffn.graph is None:
+        choice = choice_for(run.mesh.layout, ffn.num_experts, is_padded(ffn.capacity), run.config.parallel, ffn.top_k)
+        message = f"exchange {choice.kind}: {choice.reason}"
+        sinks.write({"kind": "event", "step": run.start_step, "event": "exchange", "message": message})
+    if run.rebalancer is not None:
+        state = run.rebalancer.decide(chooses=False).state()
+        sinks.write(placement_event(run.start_step, state, "where experts are"))
 
 
 def next_batches(run: Run, stop: StopRequest, window: Window) -> tuple[list[Batch], int, int | None]:
@@ -178,29 +186,3 @@ def held_out(run: Run, batches: int | None) -> dict[str, float]:
     rows = micro_batch(run.config, run.world)
     store, seq_len = run.corpus.heldout, run.config.data.seq_len
     return evaluate(run.engine.model, store, run.world, run.mesh, seq_len, rows, limit)
-
-
-def save(run: Run, step: int, sinks: SinkGroup) -> None:
-    """Publish a checkpoint. Collective.
-
-    Raises:
-        CheckpointError: on all ranks; earlier checkpoints are intact.
-    """
-    start_s = time.perf_counter()
-    state = CheckpointState(
-        parts=run.engine.parts(),
-        trainer={"step": step, "loader": run.loader.state_dict(), "identity": identity(run.config, run.corpus)},
-        random=random_state(run.world.device),
-    )
-    path = run.manager.save(step, state)
-    stall_ms = (time.perf_counter() - start_s) * 1e3
-    message = f"saved {path} in {stall_ms:.0f} ms"
-    sinks.write({"kind": "event", "step": step, "event": "saved", "message": message, "stall_ms": stall_ms})
-
-
-def save_or_report(run: Run, step: int, sinks: SinkGroup) -> None:
-    """Publish a checkpoint, or say why not and go on: a full disk must not cost the run, which has older ones."""
-    try:
-        save(run, step, sinks)
-    except CheckpointError as error:
-        sinks.write({"kind": "event", "step": step, "event": "save failed", "message": error.report()})

@@ -28,3 +28,8 @@ def settings_at(step: int, config: TrainConfig, boundary_id: int | None) -> Step
         moves_biases=loss_free is not None and done < loss_free.freeze_after,
         boundary_id=boundary_id,
     )
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after ``step`` steps."""
+    return every > 0 and step % every == 0

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from moe_train.checkpoint.background import BackgroundSaver, ForegroundSaver, Saver
 from moe_train.checkpoint.compatibility import check_compatible
 from moe_train.checkpoint.manager import CheckpointManager
 from moe_train.checkpoint.reader import CHECKPOINTS, Checkpoint
@@ -22,13 +24,15 @@ from moe_train.data.loader import TrainLoader
 from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World
 from moe_train.errors import ConfigError, Problem
-from moe_train.models.initialise import initialise
-from moe_train.models.transformer import Transformer, build_model
+from moe_train.models.transformer import Transformer
 from moe_train.moe.capacity import is_padded
 from moe_train.moe.exchange import exchange_for
 from moe_train.observe.environment import environment
-from moe_train.parallel.engine import Engine, TorchEngine
+from moe_train.parallel.build import Start, build_engine
+from moe_train.parallel.deepspeed.settings import write_settings
+from moe_train.parallel.engine import Engine
 from moe_train.training.optim import build_optimizer
+from moe_train.training.placement import Rebalancer
 from moe_train.training.random import restore_random_state
 
 
@@ -43,7 +47,8 @@ class Run:
         corpus: tokenizer, training text and held-out text.
         engine: model and optimizer.
         loader: this rank's batches, in an order that no layout changes.
-        manager: checkpoints.
+        saver: publishes checkpoints.
+        rebalancer: moves experts at checkpoints; None: they stay where they are.
         start_step: optimizer steps already done.
     """
 
@@ -53,7 +58,8 @@ class Run:
     corpus: Corpus
     engine: Engine
     loader: TrainLoader
-    manager: CheckpointManager
+    saver: Saver
+    rebalancer: Rebalancer | None
     start_step: int
 
     @property
@@ -85,14 +91,15 @@ def build_run(config: TrainConfig, world: World, starter: Starter) -> Run:
     Raises:
         ConfigError, DataError, CheckpointError: on all ranks alike.
     """
-    world.leader_first(lambda: require_writable(Path(config.run.dir).expanduser()))
+    folder = Path(config.run.dir).expanduser()
+    world.leader_first(lambda: require_writable(folder))
     mesh = build_mesh(world, config.parallel.ep, config.parallel.dp_shard)
     corpus = open_corpus(config.data, config.tokenizer, world.leader_first)
-    exchange = exchange_for(mesh, config.model.ffn.num_experts, is_padded(config.model.ffn.capacity))
-    vocab_size = embedding_rows(config.model, corpus.tokenizer.vocab_size)
-    model = build_model(config.model, vocab_size, exchange, config.train.precision, world.device)
-    initialise(model, config.run.seed)
-    engine = TorchEngine(model, build_optimizer(model, config.optim), mesh)
+    manager = CheckpointManager(folder / CHECKPOINTS, world, mesh.layout, config.checkpoint.keep)
+    checkpoint = manager.resume(config.checkpoint.resume)
+    first = partial(starter, world=world, seed=config.run.seed) if config.model.init_from and not checkpoint else None
+    engine = start_engine(config, world, mesh, corpus, first)
+    rebalancer = Rebalancer(engine, mesh) if config.parallel.placement == "auto" else None
     loader = TrainLoader(
         corpus.train,
         seq_len=config.data.seq_len,
@@ -102,17 +109,23 @@ def build_run(config: TrainConfig, world: World, starter: Starter) -> Run:
         world_size=world.size,
         seed=config.run.seed,
     )
-    manager = CheckpointManager(
-        Path(config.run.dir).expanduser() / CHECKPOINTS, world, mesh.layout, config.checkpoint.keep
-    )
-    checkpoint = manager.resume(config.checkpoint.resume)
-    if checkpoint is None and config.model.init_from is not None:
-        starter(model, world, config.run.seed)
     if checkpoint is not None:
+        if rebalancer is not None:  # before tensors are read: it says which
+            rebalancer.restore(checkpoint.trainer.get("layout", {}), world.is_leader)
         restore(checkpoint, identity(config, corpus), engine, loader, world)
-    run = Run(config, world, mesh, corpus, engine, loader, manager, checkpoint.step if checkpoint else 0)
+    saver: Saver = BackgroundSaver(manager) if config.checkpoint.background else ForegroundSaver(manager)
+    run = Run(config, world, mesh, corpus, engine, loader, saver, rebalancer, checkpoint.step if checkpoint else 0)
     world.leader_first(lambda: describe(run))
     return run
+
+
+def start_engine(config: TrainConfig, world: World, mesh: Mesh, corpus: Corpus, first: Start | None) -> Engine:
+    """Build model and optimizer, with random first values or those that ``first`` gives. Collective."""
+    vocab_size = embedding_rows(config.model, corpus.tokenizer.vocab_size)
+    ffn = config.model.ffn
+    exchange = exchange_for(mesh, ffn.num_experts, is_padded(ffn.capacity), config.parallel, ffn.top_k)
+    make_optimizer = partial(build_optimizer, config=config.optim)
+    return build_engine(config, mesh, world, exchange, vocab_size, make_optimizer, first)
 
 
 def require_writable(folder: Path) -> None:
@@ -179,6 +192,8 @@ def describe(run: Run) -> None:
     # A tokenizer.json has no place for the name of the boundary token: it is kept with the configuration.
     tokenizer = run.config.tokenizer.model_copy(update={"boundary_token": run.corpus.tokenizer.boundary_token})
     write_config(run.folder / "config.yaml", run.config.model_copy(update={"tokenizer": tokenizer}))
+    if run.config.parallel.engine == "deepspeed":
+        write_settings(run.folder / "deepspeed.json", run.config, run.world.size)
     device = None if run.world.device.type == "cpu" else {"device": str(run.world.device)}
     (run.folder / "environment.json").write_text(json.dumps(environment(device), indent=1) + "\n")
     run.corpus.tokenizer.save(run.folder / "tokenizer.json")

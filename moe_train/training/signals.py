@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from types import FrameType, TracebackType
 
-
 POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """What launchers and people send: the last one is how schedulers announce that the time is nearly over."""
 

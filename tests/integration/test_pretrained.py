@@ -12,6 +12,7 @@ import yaml
 from spawn import run_ranks
 
 from launch import records, run
+from moe_train.config.schema import LayoutConfig
 from moe_train.data.corpus import open_corpus
 from moe_train.data.loader import TrainLoader
 from moe_train.dist.world import World
@@ -53,7 +54,7 @@ def exported(request: pytest.FixtureRequest, tiny: list[str], data: list[str], t
 
 def first_loss(world: World, run_dir: Path) -> float:
     """The loss of a trained model on the first batch of its data."""
-    trained = load_trained(run_dir, "latest", 1, world)
+    trained = load_trained(run_dir, "latest", LayoutConfig(), world)
     config = trained.config
     corpus = open_corpus(config.data, config.tokenizer, world.leader_first)
     batch = config.train.global_batch

@@ -11,6 +11,7 @@ from moe_train.moe.context import RoutingContext
 from moe_train.moe.queues import places
 from moe_train.moe.routers.linear import LinearRouter
 from moe_train.moe.routing import Routing
+from moe_train.ops.keep import decide
 from moe_train.ops.topk import top_k
 
 PRECISION = 1.0 / 256
@@ -27,7 +28,7 @@ class BaseRouter(LinearRouter):
         """Route tokens [T, D] of any dtype. In training every rank solves the assignment of the whole batch."""
         logits_TE = self.logits(self.precise_inputs(x_TD, context))
         ranking_TE = self.offered(logits_TE, context)
-        experts_TK = self.assign(ranking_TE, context) if self.training else top_k(ranking_TE, 1)
+        experts_TK = decide(lambda: self.assign(ranking_TE, context) if self.training else top_k(ranking_TE, 1))
 
         def weigh(experts_TK: Tensor) -> Tensor:
             return self.scale * logits_TE.gather(1, experts_TK).sigmoid()

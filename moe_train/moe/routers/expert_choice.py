@@ -8,6 +8,7 @@ from torch import Tensor
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.routers.linear import LinearRouter
 from moe_train.moe.routing import Routing
+from moe_train.ops.keep import decide
 
 
 class ExpertChoiceRouter(LinearRouter):
@@ -34,7 +35,7 @@ class ExpertChoiceRouter(LinearRouter):
             experts_TK=experts_TE,
             weights_TK=weigh(experts_TE),
             weigh=weigh,
-            chosen_TK=self.taken(ranking_TE, context),
+            chosen_TK=decide(lambda: self.taken(ranking_TE, context)),
         )
 
     def taken(self, ranking_TE: Tensor, context: RoutingContext) -> Tensor:

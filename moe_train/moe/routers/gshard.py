@@ -9,6 +9,7 @@ from moe_train.config.routing import GShardRouterConfig
 from moe_train.moe.context import Purpose, RoutingContext
 from moe_train.moe.routers.linear import LinearRouter, learned_role
 from moe_train.moe.routing import Routing
+from moe_train.ops.keep import decide
 from moe_train.ops.topk import top_k
 
 EPSILON = 1e-9
@@ -40,14 +41,7 @@ class GShardRouter(LinearRouter):
         probabilities_TE = logits_TE.softmax(dim=1)
         biased_TE = logits_TE if self.bias_E is None else probabilities_TE + self.bias_E.to(logits_TE.dtype)
         ranking_TE = self.offered(biased_TE, context)
-        experts_TK = top_k(ranking_TE, 2)
-        if self.training and self.second == "sampled":
-            first_T1 = experts_TK[:, :1]
-            # The largest of logits + Gumbel noise is a draw from their softmax (Gumbel-max).
-            noise_TE = -(-context.uniform(Purpose.SECOND_EXPERT, self.num_experts).to(logits_TE.dtype).log()).log()
-            noisy_TE = (logits_TE + noise_TE).masked_fill(ranking_TE.isneginf(), float("-inf"))
-            # Put above all others, not below: when dropout leaves one expert, the second must be another still.
-            experts_TK = top_k(noisy_TE.scatter(1, first_T1, float("inf")), 2)
+        experts_TK = decide(lambda: self.choose(logits_TE, ranking_TE, context))
 
         def weigh(experts_TK: Tensor) -> Tensor:
             chosen_TK = probabilities_TE.gather(1, experts_TK)
@@ -61,9 +55,21 @@ class GShardRouter(LinearRouter):
             experts_TK=experts_TK,
             weights_TK=weights_TK,
             weigh=weigh,
-            declined_TK=self.declined(weights_TK / self.scale, context),
-            counted_TM=top_k(logits_TE, 1) if self.bias_E is not None else experts_TK[:, :1],
+            declined_TK=decide(lambda: self.declined(weights_TK / self.scale, context)),
+            counted_TM=experts_TK[:, :1] if self.bias_E is None else decide(lambda: top_k(logits_TE, 1)),
         )
+
+    def choose(self, logits_TE: Tensor, ranking_TE: Tensor, context: RoutingContext) -> Tensor:
+        """Return the best expert of each token and its second one: [T, 2]."""
+        experts_TK = top_k(ranking_TE, 2)
+        if not (self.training and self.second == "sampled"):
+            return experts_TK
+        first_T1 = experts_TK[:, :1]
+        # The largest of logits + Gumbel noise is a draw from their softmax (Gumbel-max).
+        noise_TE = -(-context.uniform(Purpose.SECOND_EXPERT, self.num_experts).to(logits_TE.dtype).log()).log()
+        noisy_TE = (logits_TE + noise_TE).masked_fill(ranking_TE.isneginf(), float("-inf"))
+        # Put above all others, not below: when dropout leaves one expert, the second must be another still.
+        return top_k(noisy_TE.scatter(1, first_T1, float("inf")), 2)
 
     def declined(self, weights_TK: Tensor, context: RoutingContext) -> Tensor | None:
         """Return the second choices that are given up: each stays with probability min(1, weight / threshold)."""

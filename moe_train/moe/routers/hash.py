@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moe_train.config.routing import HashRouterConfig
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.routing import Routing
+from moe_train.ops.keep import decide
 from moe_train.ops.random import derive_seed, uniform
 from moe_train.ops.topk import top_k
 
@@ -37,7 +38,7 @@ class HashRouter(nn.Module):
         precise = torch.promote_types(x_TD.dtype, torch.float32)
         experts_E = torch.arange(self.num_experts, device=x_TD.device)
         ranking_TE = uniform(TABLE_SEED, context.ids_BS.reshape(-1, 1) * self.num_experts + experts_E)
-        experts_TK = top_k(ranking_TE, self.top_k)
+        experts_TK = decide(lambda: top_k(ranking_TE, self.top_k))
         logits_TE = torch.zeros_like(ranking_TE, dtype=precise)
 
         def weigh(experts_TK: Tensor) -> Tensor:

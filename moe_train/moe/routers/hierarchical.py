@@ -10,6 +10,7 @@ from moe_train.config.routing import HierarchicalRouterConfig
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.routers.linear import LinearRouter, learned_role
 from moe_train.moe.routing import Routing
+from moe_train.ops.keep import decide
 from moe_train.ops.topk import top_k
 
 
@@ -43,14 +44,9 @@ class HierarchicalRouter(LinearRouter):
         group_logits = F.linear(inputs_TD, self.group_weight.to(inputs_TD.dtype))
         logits_TE = self.logits(inputs_TD)
 
-        chosen_groups = top_k(group_logits, self.top_groups)
-        inside = chosen_groups.unsqueeze(2).expand(-1, -1, size)  # [T, top_groups, size]
-        offered = self.offered(logits_TE, context).view(num_tokens, self.groups, size).gather(1, inside)
-        members = top_k(offered.flatten(0, 1), self.top_k // self.top_groups).view(num_tokens, self.top_groups, -1)
-        experts_TK = (chosen_groups.unsqueeze(2) * size + members).flatten(1)
-
+        chosen_groups, experts_TK = decide(lambda: self.choose(group_logits, self.offered(logits_TE, context)))
         group_weights = group_logits.gather(1, chosen_groups).softmax(dim=1).unsqueeze(2)
-        member_weights = logits_TE.gather(1, experts_TK).view_as(members).softmax(dim=2)
+        member_weights = logits_TE.gather(1, experts_TK).view(num_tokens, self.top_groups, -1).softmax(dim=2)
         member_probabilities = logits_TE.view(num_tokens, self.groups, size).softmax(dim=2)
         return Routing(
             logits_TE=logits_TE,
@@ -60,6 +56,15 @@ class HierarchicalRouter(LinearRouter):
             weights_TK=self.scale * (group_weights * member_weights).flatten(1),
             weigh=no_other_weights,
         )
+
+    def choose(self, group_logits: Tensor, ranking_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each token's best groups [T, top_groups] and the best experts in these, in their order: [T, K]."""
+        num_tokens, size = ranking_TE.shape[0], self.num_experts // self.groups
+        chosen_groups = top_k(group_logits, self.top_groups)
+        inside = chosen_groups.unsqueeze(2).expand(-1, -1, size)  # [T, top_groups, size]
+        offered = ranking_TE.view(num_tokens, self.groups, size).gather(1, inside)
+        members = top_k(offered.flatten(0, 1), self.top_k // self.top_groups).view(num_tokens, self.top_groups, -1)
+        return chosen_groups, (chosen_groups.unsqueeze(2) * size + members).flatten(1)
 
 
 def no_other_weights(experts_TK: Tensor) -> Tensor:

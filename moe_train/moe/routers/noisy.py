@@ -10,6 +10,7 @@ from moe_train.config.routing import NoisyTopKRouterConfig
 from moe_train.moe.context import Purpose, RoutingContext
 from moe_train.moe.routers.linear import LinearRouter, learned_role
 from moe_train.moe.routing import Routing
+from moe_train.ops.keep import decide
 from moe_train.ops.topk import top_k
 
 
@@ -40,7 +41,7 @@ class NoisyTopKRouter(LinearRouter):
             draws_TE = context.uniform(Purpose.NOISE, self.num_experts).to(logits_TE.dtype)
             noisy_TE = logits_TE + torch.special.ndtri(draws_TE) * spread_TE
         ranking_TE = self.offered(noisy_TE, context)
-        experts_TK = top_k(ranking_TE, self.top_k)
+        experts_TK = decide(lambda: top_k(ranking_TE, self.top_k))
 
         def weigh(experts_TK: Tensor) -> Tensor:
             return self.scale * noisy_TE.gather(1, experts_TK).softmax(dim=1)
@@ -71,7 +72,7 @@ def smooth_load(logits_TE: Tensor, noisy_TE: Tensor, spread_TE: Tensor, ranking_
         ranking_TE: what the choice was made by.
         num_chosen: K, less than E: the threshold of a chosen expert is the (K + 1)-th largest.
     """
-    best_TM = top_k(ranking_TE, num_chosen + 1)
+    best_TM = decide(lambda: top_k(ranking_TE, num_chosen + 1))
     chosen_TE = torch.zeros_like(noisy_TE, dtype=torch.bool).scatter_(1, best_TM[:, :num_chosen], True)
     last_in_T1 = noisy_TE.gather(1, best_TM[:, num_chosen - 1 : num_chosen])
     first_out_T1 = noisy_TE.gather(1, best_TM[:, num_chosen:])

@@ -13,6 +13,7 @@ from moe_train.moe.context import RoutingContext
 from moe_train.moe.roles import Role
 from moe_train.moe.routers.linear import LinearRouter
 from moe_train.moe.routing import Routing
+from moe_train.ops.keep import decide
 from moe_train.ops.topk import top_k
 
 
@@ -99,7 +100,7 @@ class ScoreRouter(LinearRouter):
         logits_TE = self.logits(self.precise_inputs(x_TD, context))
         scores_TE = logits_TE.sigmoid() if self.scoring.sigmoid else logits_TE.softmax(dim=1)
         ranking_TE = self.offered(self.ranking(logits_TE, scores_TE), context)
-        experts_TK = top_k(ranking_TE, self.top_k)
+        experts_TK = decide(lambda: top_k(ranking_TE, self.top_k))
         weigh = self.weigher(logits_TE, scores_TE)
         return Routing(
             logits_TE=logits_TE,
@@ -109,7 +110,7 @@ class ScoreRouter(LinearRouter):
             weights_TK=weigh(experts_TK),
             weigh=weigh,
             # With a bias, f counts what the scores alone would choose (DeepSeek-V3, eq. 18): the loss is about these.
-            counted_TM=None if self.bias_E is None else top_k(logits_TE, self.top_k),
+            counted_TM=None if self.bias_E is None else decide(lambda: top_k(logits_TE, self.top_k)),
         )
 
     def ranking(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:

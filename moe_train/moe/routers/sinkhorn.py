@@ -9,6 +9,7 @@ from moe_train.config.routing import SinkhornRouterConfig
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.routers.linear import LinearRouter, learned_role
 from moe_train.moe.routing import Routing
+from moe_train.ops.keep import decide
 from moe_train.ops.topk import top_k
 
 EPSILON = 1e-8
@@ -37,9 +38,7 @@ class SinkhornRouter(LinearRouter):
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens [T, D] of any dtype. In training one collective and one wait for the device per iteration."""
         logits_TE = self.logits(self.precise_inputs(x_TD, context))
-        plan_TE = self.even_plan(logits_TE.detach(), context) if self.training else logits_TE
-        ranking_TE = self.offered(plan_TE, context)
-        experts_TK = top_k(ranking_TE, self.top_k)
+        ranking_TE, experts_TK = decide(lambda: self.choose(logits_TE.detach(), context))
 
         def weigh(experts_TK: Tensor) -> Tensor:
             chosen_TK = logits_TE.gather(1, experts_TK)
@@ -53,6 +52,12 @@ class SinkhornRouter(LinearRouter):
             weights_TK=weigh(experts_TK),
             weigh=weigh,
         )
+
+    def choose(self, logits_TE: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
+        """Return the ranking [T, E], which needs the other ranks and is made once with the choice, and that: [T, K]."""
+        plan_TE = self.even_plan(logits_TE, context) if self.training else logits_TE
+        ranking_TE = self.offered(plan_TE, context)
+        return ranking_TE, top_k(ranking_TE, self.top_k)
 
     def even_plan(self, logits_TE: Tensor, context: RoutingContext) -> Tensor:
         """Return [T, E]: the costs exp(logits), scaled by rows and columns until all shares are even (Sinkhorn 1967).

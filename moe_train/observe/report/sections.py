@@ -91,7 +91,9 @@ def events(run: RunRecord) -> str:
 
 def details(event: Mapping[str, Any]) -> str:
     """Return an event's message and whatever else it carries."""
-    others = {key: value for key, value in event.items() if key not in ("kind", "step", "event", "message")}
+    known = ("kind", "step", "event", "message")
+    # What is told of each layer is for figures: of a large model it would be most of the page.
+    others = {key: value for key, value in event.items() if key not in known and not isinstance(value, Mapping)}
     pairs = [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in others.items()]
     return redact(" ".join([str(event.get("message", "")), *pairs]).strip())
 

@@ -140,8 +140,10 @@ def check_padded_does_not_wait(mesh: Mesh) -> None:
     x_TD = x_BSD.flatten(0, 1)
     plan = layer.capacity.plan(layer.router(x_TD, context), context, training=True)
     with NoWaiting():
-        arrived = layer.exchange.dispatch(x_TD, plan)
-        y_TD = layer.exchange.combine(layer.experts(arrived), arrived)
+        transit = layer.exchange.dispatch(x_TD, plan)
+        (arrived,) = transit
+        transit.send_home(layer.experts(arrived), arrived)
+        y_TD = transit.home()
         y_TD.backward(torch.ones_like(y_TD))
     empty_R = (arrived.rows_RD == 0).all(dim=1)
     assert empty_R.any()

@@ -19,6 +19,7 @@ from moe_train.observe.report.figures import (
     loss,
     message_norm,
     overflow,
+    rank_load,
     step_time,
     throughput,
 )
@@ -46,6 +47,8 @@ OF_ALL: tuple[FigureModule, ...] = (loss, throughput, step_time)
 """Figures of every run, in the order of the page."""
 OF_ROUTED: tuple[FigureModule, ...] = (expert_load, balance, bias_range, dropped, overflow, entropy)
 """Figures of runs whose layers have routers."""
+OF_SPREAD: tuple[FigureModule, ...] = (rank_load,)
+"""Figures of runs whose layers have routers, and experts on several ranks."""
 OF_COUPLED: tuple[FigureModule, ...] = (expert_similarity, graph_weights, message_norm, adjacency_entropy)
 """Figures of runs whose experts are coupled by a graph."""
 
@@ -55,4 +58,5 @@ def figures_of(run: RunRecord) -> tuple[FigureModule, ...]:
     # Before its first record a run is known by its configuration alone.
     coupled = bool(run.graph_layers) or run.setting("model.ffn.graph") is not None
     routed = bool(run.routed_layers) or not coupled
-    return OF_ALL + OF_ROUTED * routed + OF_COUPLED * coupled
+    spread = routed and rank_load.is_spread(run)
+    return OF_ALL + OF_ROUTED * routed + OF_SPREAD * spread + OF_COUPLED * coupled
