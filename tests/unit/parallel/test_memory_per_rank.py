@@ -97,7 +97,8 @@ def test_bytes_of_four_ranks(by_rank: list[dict[tuple[str, int, int], tuple[int,
 def test_experts_and_the_rest_are_the_model(case: Case) -> None:
     model = case.whole_model()
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    found = values_of_model(case.config().model.model_copy(update={"vocab_size": None}), VOCAB)
+    config = case.config().model.model_copy(update={"vocab_size": None})  # its rows are those of the test's text
+    found = values_of_model(config, VOCAB)
     assert found.experts == experts
     assert found.dense == sum(p.numel() for p in model.parameters()) - experts
-    assert found.dense + found.experts == count(case.config().model, VOCAB, 1).total
+    assert found.dense + found.experts == count(config, VOCAB, 1).total
