@@ -111,7 +111,7 @@ def announce(run: Run, sinks: SinkGroup) -> None:
     sizes = {"parameters": size.total, "active_parameters": size.active}
     sinks.write({"kind": "event", "step": run.start_step, "event": event, "message": message, **sizes})
     ffn = config.ffn
-    if run.mesh.layout.ep > 1 and ffn.graph is None:
+    if run.mesh.layout.ep > 1 and ffn.num_experts and ffn.graph is None:
         choice = choice_for(run.mesh.layout, ffn.num_experts, is_padded(ffn.capacity), run.config.parallel, ffn.top_k)
         message = f"exchange {choice.kind}: {choice.reason}"
         sinks.write({"kind": "event", "step": run.start_step, "event": "exchange", "message": message})

@@ -74,7 +74,7 @@ def choose(layout: Layout, num_experts: int, top_k: int, config: LayoutConfig, p
     """
     ep = layout.ep
     fills_nodes = 1 < node_size < ep and ep % node_size == 0
-    if ep == 1:
+    if ep == 1 or num_experts == 0:
         return Choice("local", node_size, "every rank holds all experts: no token travels")
     if padded:
         return Choice("alltoall", node_size, "buffers of fixed size go straight to the ranks of their experts")

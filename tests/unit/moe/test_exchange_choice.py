@@ -25,6 +25,7 @@ def kind_of(ep: int, node_size: int, num_experts: int, top_k: int, asked: str = 
     ("ep", "node_size", "num_experts", "top_k", "kind"),
     [
         (1, 8, 8, 2, "local"),
+        (4, 8, 0, 1, "local"),  # a dense model
         (8, 8, 8, 2, "alltoall"),  # Mixtral in a node
         (2, 8, 64, 8, "allgather"),  # OLMoE: 1 of 400 tokens stays away from a rank
         (4, 8, 128, 8, "allgather"),  # Qwen3: 93 of 1000 do
