@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moe_train.dist.underway import Underway, send_sums, send_to_all
 from moe_train.moe.capacity import Plan
-from moe_train.moe.dense_exchange import AllGatherExchange, DenseExchange, held_by
 from moe_train.moe.exchange.journey import Cargo, Journey, Transit, split
+from moe_train.moe.exchange.sharded import ShardedExchange
 from moe_train.ops.keep import decide
 
 
@@ -45,31 +45,12 @@ class GatherLeg:
 
 
 @dataclass(frozen=True)
-class GatherExchange:
-    """Experts are sharded over the ranks of a group in runs of E / P; all ranks see all tokens and do their part.
+class GatherExchange(ShardedExchange):
+    """All ranks see all tokens, and do their part; each must have as many tokens.
 
     No counts travel: for few ranks and many choices, where nearly every token visits every rank anyway. A token costs
     (P - 1) · (D · b + K · (w + 4)) bytes out and (P - 1) · D · b home, wherever its experts are.
-
-    Attributes:
-        group: the EP group; each rank must have as many tokens.
-        num_experts: experts E of a layer, a multiple of the group's size P.
-        parts: runs of tokens that travel one after the other.
     """
-
-    group: dist.ProcessGroup
-    num_experts: int
-    parts: int = 1
-
-    @property
-    def experts(self) -> range:
-        """Global indices of the experts that this rank holds."""
-        return held_by(self.group, self.num_experts)
-
-    @property
-    def dense(self) -> DenseExchange:
-        """How all tokens reach all experts."""
-        return AllGatherExchange(self.group, self.num_experts)
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Transit:
         """Send each token to all ranks. Waits for the device once, while they travel."""

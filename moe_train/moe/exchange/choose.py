@@ -133,7 +133,7 @@ def exchange_for(
             unpadded = GatherExchange(mesh.ep, num_experts, config.overlap)
         case "hierarchical":
             groups = build_node_groups(mesh, choice.node_size, config.timeout_s)
-            unpadded = HierarchicalExchange(mesh.ep, groups, num_experts, config.overlap)
+            unpadded = HierarchicalExchange(mesh.ep, num_experts, config.overlap, groups=groups)
     return PaddedExchange(mesh.ep, num_experts, unpadded) if padded else unpadded
 
 

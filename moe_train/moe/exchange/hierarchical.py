@@ -8,46 +8,29 @@ of DeepSeek-V3 (arXiv 2412.19437, section 3.2.2) and, over experts instead of to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch.distributed as dist
 from torch import Tensor
 
 from moe_train.dist.nodes import NodeGroups
 from moe_train.moe.capacity import Plan
-from moe_train.moe.dense_exchange import AllGatherExchange, DenseExchange, held_by
 from moe_train.moe.exchange.journey import Transit
 from moe_train.moe.exchange.route import send_by
+from moe_train.moe.exchange.sharded import ShardedExchange
 
 
 @dataclass(frozen=True)
-class HierarchicalExchange:
-    """Experts are sharded over the ranks of a group, which fills several nodes, in runs of E / P.
+class HierarchicalExchange(ShardedExchange):
+    """A token goes once to each node that holds one of its experts, and on from there; the group fills several nodes.
 
     Between nodes a token costs, with m other nodes visited, what it costs `AllToAllExchange` with m ranks instead of
     those that it visits there; inside nodes more than there, at most once per node for each of its ranks.
 
     Attributes:
-        group: the EP group.
-        groups: this rank's node and rail within it.
-        num_experts: experts E of a layer, a multiple of the group's size P.
-        parts: runs of tokens that travel one after the other.
+        groups: this rank's node and rail within the EP group.
     """
 
-    group: dist.ProcessGroup
-    groups: NodeGroups
-    num_experts: int
-    parts: int = 1
-
-    @property
-    def experts(self) -> range:
-        """Global indices of the experts that this rank holds."""
-        return held_by(self.group, self.num_experts)
-
-    @property
-    def dense(self) -> DenseExchange:
-        """How all tokens reach all experts: straight."""
-        return AllGatherExchange(self.group, self.num_experts)
+    groups: NodeGroups = field(kw_only=True)
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Transit:
         """Send each token once to every node that holds one of its experts. Waits for the device once."""

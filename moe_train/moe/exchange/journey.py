@@ -169,7 +169,7 @@ class Exchange(Protocol):
 
     @property
     def experts(self) -> range:
-        """Global indices of the experts that this rank holds."""
+        """Places of the experts that this rank holds; their global indices, unless experts have moved."""
 
     @property
     def dense(self) -> DenseExchange:

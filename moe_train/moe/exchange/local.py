@@ -25,7 +25,7 @@ class LocalExchange:
 
     @property
     def experts(self) -> range:
-        """Global indices of the experts that this rank holds: all."""
+        """Places of the experts that this rank holds: all."""
         return range(self.num_experts)
 
     @property

@@ -68,7 +68,7 @@ class PaddedExchange:
 
     @property
     def experts(self) -> range:
-        """Global indices of the experts that this rank holds."""
+        """Places of the experts that this rank holds; their global indices, unless experts have moved."""
         return self.unpadded.experts
 
     @property
