@@ -2,8 +2,9 @@
 
 Usage: python scripts/layout_speed.py [--rounds 5] [--steps 30] [--folder DIR] [KEY=VALUE ...]
 
-Both train the same model on the same global batches, through the command, one after the other in each round; keys go to
-both. The ratio is the median over the rounds of the ratio within a round of the median tokens/s of the later records.
+Both train the same model on the same global batches, started by launch/local.sh, one after the other in each round;
+keys go to both. The ratio is the median over the rounds of the ratio within a round of the median tokens/s of the later
+records.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+LAUNCHER = Path(__file__).resolve().parent.parent / "launch/local.sh"
 WARM_UP = 10
 """Steps of a run that do not count."""
 
@@ -50,10 +51,9 @@ WAYS = (
 def tokens_per_s(way: Way, keys: list[str], steps: int, folder: Path) -> float:
     """Train anew and return the median of the records after the warm-up."""
     shutil.rmtree(folder, ignore_errors=True)
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={way.ranks}", "-m"] if way.ranks > 1 else []
     own = [f"run.dir={folder}", f"train.steps={steps}", "log.every=1", "checkpoint.every=0", "eval.every=0"]
     own += ["log.wandb.mode=disabled", "data.heldout_fraction=0", *way.keys]
-    words = [sys.executable, "-m", *launcher, "moe_train.train", *own, *keys]
+    words = ["bash", str(LAUNCHER), str(way.ranks), *own, *keys]
     variables = os.environ | {"OMP_NUM_THREADS": str(way.threads)}
     subprocess.run(words, env=variables, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -82,7 +82,7 @@ def main() -> None:
         speeds, ratios = speeds_RW[:, number], ratios_RW[:, number]
         print(
             f"| {way.name} | {np.median(speeds):.0f} ({speeds.min():.0f} to {speeds.max():.0f}) "
-            f"| {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}) |"
+            f"| {np.median(ratios):.3f} ({ratios.min():.3f} to {ratios.max():.3f}) |"
         )
 
 
