@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World, joined
 from moe_train.models.transformer import Transformer
+from moe_train.moe.balance import RoutingRecord
 from moe_train.parallel.compile import apply_compile, static_parts
 from moe_train.parallel.remat import Remat, apply_remat
 
@@ -46,11 +47,12 @@ def tokens(batch: int, length: int, seed: int) -> Tensor:
 
 
 def learn(model: Transformer, tokens_BS: Tensor) -> Tensor:
-    """One pass; the gradients add up."""
+    """One pass, modules that look ahead included; the gradients add up. What went to each expert, where one chooses."""
     output = model.train()(tokens_BS)
-    torch.autograd.backward(output.logits_BSV.square().mean())
-    counts_E: Tensor = output.records[0].counts_E
-    return counts_E
+    scores = [output.logits_BSV, *output.mtp_logits]
+    torch.autograd.backward(sum(logits_BSV.square().mean() for logits_BSV in scores))
+    record = output.records[0]
+    return record.counts_E if isinstance(record, RoutingRecord) else torch.zeros(0)
 
 
 def look(model: Transformer, tokens_BS: Tensor) -> Tensor:
