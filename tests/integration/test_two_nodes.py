@@ -52,6 +52,10 @@ def test_two_nodes_make_the_run_of_one_machine(settings: list[str], tmp_path: Pa
     assert [node.status for node in ended] == [0, 0], ended
     run("train", [*overrides, f"run.dir={tmp_path}/one"], tmp_path, ranks=4)
     assert curve(tmp_path / "two") == curve(tmp_path / "one")
+    chosen = [record["message"] for record in records(tmp_path / "two", "event") if record["event"] == "exchange"]
+    # The launchers say that a node has two ranks: C(8, 2) choices, of which C(6, 2) leave a rank out, C(4, 2) a node.
+    reason = "a token visits 0.93 ranks in 0.79 other nodes of 2: a second leg would save too little"
+    assert chosen == [f"exchange alltoall: {reason}"]
     assert_same_tensors(checkpoint_path(tmp_path / "two", 8), checkpoint_path(tmp_path / "one", 8))
 
 
