@@ -39,6 +39,7 @@ def main(config: TrainConfig) -> None:
     from moe_train.interop.start import load_first_weights
     from moe_train.training.loop import fit
     from moe_train.training.setup import build_run
+    from moe_train.training.signals import stop_launcher
 
     with world_from_environment(config.parallel.timeout_s) as world:
         run = build_run(config, world, load_first_weights)
@@ -47,6 +48,8 @@ def main(config: TrainConfig) -> None:
         # The others wait: torchrun terminates every rank as soon as one ends with a status other than 0.
         world.leader_first(lambda: finish(run.folder, outcome.step, outcome.final, text))
     if outcome.signal:
+        if outcome.is_elsewhere:
+            stop_launcher()
         sys.exit(128 + outcome.signal)
 
 

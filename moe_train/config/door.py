@@ -139,7 +139,8 @@ def guarded(work: Callable[[], Any]) -> None:
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not error.shared:
-            print(error.report() if rank == "0" else f"[rank {rank}] {error.report()}", file=sys.stderr)  # noqa: T201
+            speaker = "" if rank == "0" else f"[rank {rank}] "
+            sys.stderr.write(f"{speaker}{error.report()}\n")  # in one piece: the ranks' lines must not mix
         else:
             time.sleep(LEADER_SPEAKS_S)  # torchrun terminates rank 0 as soon as this one ends
         sys.exit(USER_MISTAKE)

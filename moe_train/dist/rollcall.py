@@ -64,7 +64,7 @@ class RollCall:
         The connections between the ranks outlive it, so that they would train on, seen by nobody, and meet the next
         start of the same run in its folder.
         """
-        print(f"[rank {self.rank}] the launcher is gone: stopping", file=sys.stderr, flush=True)  # noqa: T201
+        self.say("the launcher is gone: stopping")
         os.kill(os.getpid(), signal.SIGTERM)
 
     def explain(self, error: BaseException) -> None:
@@ -84,7 +84,15 @@ class RollCall:
             if not lost and not first.startswith(f"{self.rank}:"):
                 cause = f"rank {first} (here: {cause})"
         line = f"lost {', '.join(lost)}; " if lost else ""
-        print(f"[rank {self.rank}] run ended: {line}{cause}", file=sys.stderr, flush=True)  # noqa: T201
+        self.say(f"run ended: {line}{cause}")
+
+    def say(self, text: str) -> None:
+        """Print a line for people.
+
+        In one piece: unbuffered, ``print`` writes the end of its line by itself, and the ranks' lines mix.
+        """
+        sys.stderr.write(f"[rank {self.rank}] {text}\n")
+        sys.stderr.flush()
 
     def missing(self) -> list[str]:
         """Return the names of the ranks which do not answer within ANSWER_S."""

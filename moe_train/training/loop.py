@@ -35,11 +35,13 @@ class Outcome:
     Attributes:
         step: optimizer steps done.
         signal: the signal that asked to stop; None when the training is complete.
+        is_elsewhere: whether only other ranks got that signal.
         final: the figures of the final evaluation; empty when there was none.
     """
 
     step: int
     signal: int | None
+    is_elsewhere: bool
     final: dict[str, float]
 
 
@@ -82,7 +84,7 @@ def fit(run: Run) -> Outcome:
         if step > run.start_step or not is_evaluated(run.folder, step):
             write_eval(sinks, step, final)
         sinks.close("finished" if signal is None else "interrupted")
-    return Outcome(step, signal, final)
+    return Outcome(step, signal, stop.signal is None, final)
 
 
 def write_eval(sinks: SinkGroup, step: int, figures: dict[str, float]) -> None:

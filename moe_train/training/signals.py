@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType, TracebackType
 
@@ -33,3 +34,14 @@ class StopRequest:
         self.signal = self.signal or number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def stop_launcher() -> None:
+    """Ask the torchrun that started this process to stop too: it was not told by whoever stopped the run.
+
+    To torchrun a rank that ends with a status other than 0 has failed: it would start its ranks again, and wait for a
+    machine that has left. One rank per machine asks, at its very end; without torchrun nothing happens.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") == "0":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it answers with a signal to its ranks
+        os.kill(os.getppid(), signal.SIGTERM)

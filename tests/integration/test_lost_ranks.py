@@ -21,7 +21,7 @@ def named(command: Command) -> list[str]:
 
 def assert_named(command: Command, victim: int, pid: int, survivors: list[int]) -> None:
     lines = named(command)
-    speakers = sorted(int(rank) for line in lines for rank in re.findall(r"^\[rank (\d+)\] run ended: ", line))
+    speakers = sorted(int(rank) for line in lines for rank in re.findall(r"\[rank (\d+)\] run ended: ", line))
     assert speakers == survivors, command.output()
     for line in lines:
         assert f"lost rank {victim} (host " in line and f"pid {pid})" in line, line

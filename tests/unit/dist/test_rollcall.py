@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from moe_train.dist.rollcall import RollCall
 from moe_train.dist.world import World, joined
 
 SIZE, BUSY, VICTIM = 3, 1, 2
@@ -62,3 +64,11 @@ def test_a_process_alone_calls_no_roll(error: BaseException, capfd: pytest.Captu
     with pytest.raises(type(error)), joined(dist.HashStore(), World(0, 1, torch.device("cpu"), 30.0)):
         raise error
     assert "run ended" not in capfd.readouterr().err
+
+
+def test_lines_of_several_ranks_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a line was written by itself when Python does not buffer, and another rank's line came before it."""
+    written: list[str] = []
+    monkeypatch.setattr(sys.stderr, "write", written.append)
+    RollCall(dist.HashStore(), 0, 1).say("run ended")
+    assert written == ["[rank 0] run ended\n"]
