@@ -54,6 +54,9 @@ class RotaryConfig(Strict):
     """Stretching to longer texts by YaRN; null: none."""
     llama3: Llama3Config | None = None
     """Stretching to longer texts as in Llama 3.1; null: none."""
+    compute: Literal["auto", "fused", "products"] = "auto"
+    """fused: torch's scaled_dot_product_attention; products: two batched products around a softmax whose result is kept
+    for the backward pass; auto: the faster one for device and length. Equal but for rounding."""
 
 
 class GroupedQueryConfig(RotaryConfig):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -13,6 +13,8 @@ from moe_train.config.routing import BalanceConfig, CapacityConfig, DroplessConf
 
 Activation: TypeAlias = Literal["swiglu", "geglu", "gelu", "relu", "swiglu_clamped"]
 """What stands between the two projections of a feed-forward network; those in -glu have a gate."""
+Compute: TypeAlias = Literal["auto", "reference", "loop", "bmm", "grouped_mm"]
+"""How the products of a rank's experts are made (`moe_train.ops.expert_ffn`)."""
 NormKind: TypeAlias = Literal["rms", "layer"]
 """RMSNorm (arXiv 1910.07467), or LayerNorm with gain and bias (arXiv 1607.06450)."""
 
@@ -50,6 +52,9 @@ class FFNConfig(Strict):
     """How load is kept even."""
     capacity: CapacityConfig = DroplessConfig()
     """How many assignments an expert takes."""
+    compute: Compute = "auto"
+    """How experts' products are made. loop: one after the other; bmm: all at once, padded to the fullest; grouped_mm:
+    torch's own product for groups; reference: plain autograd; auto: by device and load. Equal but for rounding."""
     graph: GraphConfig | None = None
     """Every token visits every expert and a graph couples them: no router, no balance, no capacity; null: tokens choose
     experts."""
@@ -113,3 +118,7 @@ class ModelConfig(Strict):
     """Feed-forward layers and experts."""
     mtp: MTPConfig = MTPConfig()
     """Multi-token prediction."""
+
+
+HOW_NOT_WHAT: dict[str, Any] = {"ffn": {"compute"}, "attention": {"compute"}}
+"""Keys that say how a model is computed, not what it computes: no part of a run's identity, nor of an export."""

@@ -36,8 +36,12 @@ class TrainSection(Strict):
     """Sequences per rank and forward pass; null: global_batch / ranks, that is no accumulation."""
     precision: Literal["bf16", "fp32", "fp64"] = "fp32"
     """Number format of activations; bf16 keeps fp32 master weights, router and reductions. fp64 is for tests."""
-    compile: Literal["none", "block"] = "none"
-    """block: torch.compile for the parts of a block that have static shapes. Needs a C++ compiler on CPU."""
+    compile: Literal["none", "pointwise", "block"] = "none"
+    """torch.compile. pointwise: norms, rotation, activations and softmax, each by itself; block: the parts of a block
+    that have static shapes, and what stands between the experts' products. Needs a C++ compiler on CPU."""
+    loss_chunk: PositiveInt | None = None
+    """Tokens whose logits exist at one time: the loss is computed in such chunks, forwards and backwards, which saves
+    memory and takes more time. null: all at once."""
     clip_norm: PositiveFloat | None = 1.0
     """Gradients are scaled so that their global L2 norm is at most this; null: no clipping."""
 

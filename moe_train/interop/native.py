@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moe_train.config.model import ModelConfig
+from moe_train.config.model import HOW_NOT_WHAT, ModelConfig
 from moe_train.interop.families import family_of
 from moe_train.interop.families.base import Architecture, Family
 from moe_train.interop.parts import Part, Parts
@@ -18,7 +18,7 @@ from moe_train.moe.exchange import LocalExchange
 from moe_train.moe.roles import Kind, roles_of
 
 MODEL_TYPE = "moe_train"
-NOT_EXPORTED = {"init_from", "adopt"}
+NOT_EXPORTED: dict[str, Any] = {"init_from": True, "adopt": True, **HOW_NOT_WHAT}
 """Keys of the model section that say where weights come from, not what the model is."""
 
 

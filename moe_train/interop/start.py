@@ -42,6 +42,8 @@ FREE = (
     "mtp.late_coef",
     "mtp.late_after",
     "ffn.balance",
+    "ffn.compute",
+    "attention.compute",
     "ffn.capacity",
     "ffn.router.jitter",
     "ffn.router.expert_dropout",

@@ -16,7 +16,7 @@ from moe_train.checkpoint.background import BackgroundSaver, ForegroundSaver, Sa
 from moe_train.checkpoint.compatibility import check_compatible
 from moe_train.checkpoint.manager import CheckpointManager
 from moe_train.checkpoint.reader import CHECKPOINTS, Checkpoint
-from moe_train.config.model import ModelConfig
+from moe_train.config.model import HOW_NOT_WHAT, ModelConfig
 from moe_train.config.rules import embedding_rows
 from moe_train.config.schema import TrainConfig
 from moe_train.data.corpus import Corpus, open_corpus
@@ -170,7 +170,7 @@ def completed(saved: dict[str, Any]) -> dict[str, Any]:
         model = ModelConfig.model_validate(saved.get("model"))
     except ValidationError:
         return saved  # the comparison tells what is wrong with it
-    return {**saved, "model": model.model_dump(mode="json")}
+    return {**saved, "model": model.model_dump(mode="json", exclude=HOW_NOT_WHAT)}
 
 
 def identity(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def identity(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
         "data.seq_len": config.data.seq_len,
         "data fingerprint": corpus.fingerprint,
         "tokenizer fingerprint": corpus.tokenizer.fingerprint,
-        "model": config.model.model_dump(mode="json"),
+        "model": config.model.model_dump(mode="json", exclude=HOW_NOT_WHAT),
     }
 
 

@@ -1,0 +1,1 @@
+"""One file per suite: what it builds and what its table says."""

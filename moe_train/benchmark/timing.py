@@ -1,0 +1,101 @@
+"""Timing: every variant once per round, in an order that turns, so that no variant has the quiet moments to itself."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class Timed(Protocol):
+    """Something that can be run once and timed."""
+
+    def run_ms(self) -> float:
+        """Run once; return how long it took, in milliseconds."""
+
+
+@dataclass(frozen=True)
+class Here:
+    """A variant in this process.
+
+    Attributes:
+        work: what is timed; inputs and gradients are made before.
+        device: whose work is waited for, before and after.
+    """
+
+    work: Callable[[], object]
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+
+    def run_ms(self) -> float:
+        """Run once."""
+        self._wait()
+        start_s = time.perf_counter()
+        self.work()
+        self._wait()
+        return (time.perf_counter() - start_s) * 1e3
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+
+@dataclass(frozen=True)
+class Times:
+    """What was measured of one variant.
+
+    Attributes:
+        ms: of each round, in order.
+    """
+
+    ms: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        """The middle one."""
+        return statistics.median(self.ms)
+
+    def ratio_to(self, other: Times) -> Ratio:
+        """Return this variant's speed relative to another's, round by round: what slows a round slows both."""
+        return Ratio(tuple(b / a for a, b in zip(self.ms, other.ms, strict=True)))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Speeds relative to another variant's, one per round; above 1 is faster.
+
+    Attributes:
+        of_rounds: in order.
+    """
+
+    of_rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return statistics.median(self.of_rounds)
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({min(self.of_rounds):.2f} to {max(self.of_rounds):.2f})"
+
+
+def interleave(variants: Mapping[str, Timed], rounds: int, warmup: int) -> dict[str, Times]:
+    """Time all variants.
+
+    Args:
+        variants: by name; each is run ``warmup + rounds`` times.
+        rounds: that count.
+        warmup: rounds before them.
+    """
+    names = list(variants)
+    measured: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warmup + rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            ms = variants[name].run_ms()
+            if turn >= warmup:
+                measured[name].append(ms)
+    return {name: Times(tuple(ms)) for name, ms in measured.items()}
