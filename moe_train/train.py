@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from moe_train.config.process import settle
+
+if __name__ == "__main__":
+    settle("moe_train.train")  # before anything slow is imported: it may start this process anew
+
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

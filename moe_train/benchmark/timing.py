@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,20 +82,66 @@ class Ratio:
         return f"{self.median:.2f} ({min(self.of_rounds):.2f} to {max(self.of_rounds):.2f})"
 
 
-def interleave(variants: Mapping[str, Timed], rounds: int, warmup: int) -> dict[str, Times]:
-    """Time all variants.
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of several variants.
+
+    Attributes:
+        times: of those that ran in every round, by name.
+        failures: what went wrong with the others, by name.
+    """
+
+    times: dict[str, Times]
+    failures: dict[str, str]
+
+
+class VariantError(RuntimeError):
+    """A variant could not be run; the message names it and says why."""
+
+
+def measure(variants: Mapping[str, Timed], rounds: int, warmup: int) -> Measured:
+    """Time all variants; one that fails is told and left out from then on, the others are timed to the end.
 
     Args:
         variants: by name; each is run ``warmup + rounds`` times.
         rounds: that count.
         warmup: rounds before them.
     """
-    names = list(variants)
-    measured: dict[str, list[float]] = {name: [] for name in names}
+    going = list(variants)
+    measured: dict[str, list[float]] = {name: [] for name in going}
+    failures: dict[str, str] = {}
     for turn in range(warmup + rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            ms = variants[name].run_ms()
+        for name in turned(going, turn):
+            try:
+                ms = variants[name].run_ms()
+            except Exception as error:
+                failures[name] = last_line(str(error)) or type(error).__name__
+                continue
             if turn >= warmup:
                 measured[name].append(ms)
-    return {name: Times(tuple(ms)) for name, ms in measured.items()}
+        going = [name for name in going if name not in failures]
+    return Measured({name: Times(tuple(measured[name])) for name in going}, failures)
+
+
+def interleave(variants: Mapping[str, Timed], rounds: int, warmup: int) -> dict[str, Times]:
+    """Time all variants, as `measure` does.
+
+    Raises:
+        VariantError: one of them failed; all that failed are named.
+    """
+    measured = measure(variants, rounds, warmup)
+    if measured.failures:
+        raise VariantError("; ".join(f"{name}: {why}" for name, why in measured.failures.items()))
+    return measured.times
+
+
+def turned(names: Sequence[str], turn: int) -> list[str]:
+    """Return the order of a round: each variant is the first, and the last, equally often."""
+    first = turn % len(names) if names else 0
+    return [*names[first:], *names[:first]]
+
+
+def last_line(text: str) -> str:
+    """Return the last line of what a process told, or nothing."""
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from moe_train.config.base import Strict
 from moe_train.config.model import Compute
@@ -13,6 +13,9 @@ Routing: TypeAlias = Literal["balanced", "zipf"]
 """balanced: a random router, about equally full experts; zipf: the r-th expert's logit is lower by log r."""
 Peer: TypeAlias = Literal["transformers_eager", "transformers_grouped_mm", "deepspeed", "torchtitan"]
 """Other people's layers and models, timed where their packages are installed."""
+ExchangeKind: TypeAlias = Literal["alltoall", "allgather", "hierarchical"]
+"""Ways of tokens to experts on other ranks (`parallel.exchange`)."""
+EXCHANGES: tuple[ExchangeKind, ...] = ("alltoall", "allgather", "hierarchical")
 LayerPeers: tuple[Peer, ...] = ("transformers_eager", "transformers_grouped_mm", "deepspeed", "torchtitan")
 ModelPeers: tuple[Peer, ...] = ("transformers_eager", "transformers_grouped_mm")
 
@@ -50,6 +53,11 @@ class LayerBench(Strict):
     """How tokens spread over experts."""
     compute: Annotated[tuple[Compute, ...], Field(strict=False, min_length=1)] = ("auto",)
     """Ways of this project to compute experts."""
+    compile: Annotated[tuple[Literal["none", "pointwise"], ...], Field(strict=False, min_length=1)] = (
+        "none",
+        "pointwise",
+    )
+    """Values of train.compile to try, for this project's layer and its dense twin."""
     peers: Annotated[tuple[Peer, ...], Field(strict=False)] = LayerPeers
     """Others beside it."""
 
@@ -96,6 +104,16 @@ class ExchangeBench(Strict):
     """Width of a token."""
     routing: Annotated[tuple[Routing, ...], Field(strict=False, min_length=1)] = ("balanced", "zipf")
     """How tokens spread over experts."""
+    kinds: Annotated[tuple[ExchangeKind, ...], Field(strict=False, min_length=1)] = EXCHANGES
+    """Values of parallel.exchange; the first is what the others are compared with."""
+    overlap: Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)] = (1, 2, 4)
+    """Values of parallel.overlap: parts in which tokens travel."""
+    layer: bool = False
+    """Whether the whole layer is timed, too: its experts work while other parts travel."""
+    shared: bool = False
+    """Whether that layer has a shared expert, which works while tokens travel."""
+    latency_ms: NonNegativeFloat = 0.0
+    """Stands for a slow network: whatever is started arrives this much later, in which time other work may be done."""
 
 
 class ClusterBench(ModelBench):
@@ -112,14 +130,14 @@ class ScalingBench(Strict):
 
     kind: Literal["scaling"] = "scaling"
     """Suite."""
-    experts: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = (8, 16, 32, 64, 128)
-    """Numbers of experts, at equal K and equal active FLOPs."""
+    experts: Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)] = (8, 16, 32, 64, 128)
+    """Numbers of experts, at equal K and equal active FLOPs; the other curves have the first."""
     top_k: PositiveInt = 2
     """Experts per token on that curve and the others."""
     expert_dim: PositiveInt = 512
     """Hidden width of an expert."""
-    tokens: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = (1024, 4096, 16_384, 65_536)
-    """Tokens per call."""
+    tokens: Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)] = (1024, 4096, 16_384, 65_536)
+    """Tokens per call; the other curves have the middle one, the lower of two."""
     seq_lens: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = (128, 256, 512, 1024, 2048)
     """Positions per sequence of a whole block, at equal tokens per call."""
     eps: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = (1, 2, 4)
@@ -148,5 +166,7 @@ class BenchConfig(Strict):
     """Threads of a process, where a suite does not say; null: as many as cores."""
     seed: int = 0
     """Seed of weights and tokens."""
+    timeout_s: PositiveFloat = 900.0
+    """Longest wait for a process to build what it times, or to run it once, in seconds; it is then given up."""
     out: str = "bench"
     """Folder for SUITE.json (every single time) and SUITE.md (the table)."""

@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from moe_train.config.groups import LISTS, config_dir, is_group, options_of, sections_of
@@ -53,7 +54,7 @@ def defaults_of(schema: type[BaseModel]) -> dict[str, Any]:
         if field.default is PydanticUndefined:
             values[name] = defaults_of(section) if section else MISSING
         elif isinstance(field.default, BaseModel):
-            values[name] = stated_by(field.default)
+            values[name] = stated(field.default, field)
         else:
             values[name] = field.default
     return values
@@ -64,11 +65,16 @@ def stated_by(section: BaseModel) -> dict[str, Any]:
     values = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if isinstance(value, BaseModel) and variants_of(field):
-            values[name] = value.model_dump(mode="json", exclude_defaults=True) | value.model_dump(include={"kind"})
-        elif isinstance(value, BaseModel):
-            values[name] = stated_by(value)
+        if isinstance(value, BaseModel):
+            values[name] = stated(value, field)
     return values
+
+
+def stated(section: BaseModel, field: FieldInfo) -> dict[str, Any]:
+    """Return the section of a field as a plain mapping, by `stated_by`'s rule."""
+    if variants_of(field):
+        return section.model_dump(mode="json", exclude_defaults=True) | section.model_dump(include={"kind"})
+    return stated_by(section)
 
 
 def with_force(argument: str) -> str:
@@ -169,10 +175,19 @@ def unstated(name: str, schema: type[BaseModel], overrides: list[str]) -> list[s
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         composed = to_mapping(compose(name, overrides=[with_force(o) for o in overrides]))
     wanted, present = dict(values_of(config.model_dump(mode="json"))), dict(values_of(composed))
-    added = [f"++{key}={json.dumps(value)}" for key, value in wanted.items() if key not in present]
+    added = [f"++{key}={as_override(value)}" for key, value in wanted.items() if key not in present]
     # What lies below a section that is now null is gone with it.
     gone = [key for key in present if key not in wanted and not any(key.startswith(f"{w}.") for w in wanted)]
     return added + [f"~{key}" for key in gone]
+
+
+def as_override(value: object) -> str:
+    """Return a value in Hydra's grammar: JSON, but for the keys of a mapping, which have no quotes."""
+    if isinstance(value, list):
+        return f"[{','.join(as_override(item) for item in value)}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{as_override(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)
 
 
 def values_of(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -82,6 +82,10 @@ class TrainLoader:
         self._pending: Future[list[Batch]] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
 
+    def prefetch(self) -> None:
+        """Begin to read the first step, while what trains on it is still being made."""
+        self._pending = self._pending or self._thread.submit(self._read_step, self._samples)
+
     def next_step(self) -> list[Batch]:
         """Return this rank's micro-batches of the next optimizer step.
 

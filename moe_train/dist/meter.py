@@ -17,7 +17,7 @@ class Meter:
 
     Attributes:
         node_size: consecutive ranks of a node, for the two counts of bytes by link; None: all ranks are one node.
-        sent_bytes: bytes given to other ranks and to itself.
+        sent_bytes: bytes for other ranks and for itself, whether or not the latter pass through a collective.
         inside_bytes: those for other ranks of this rank's node.
         between_bytes: those for ranks of other nodes. What each rank is to get counts as if it were sent straight.
         calls: number of exchanges.

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -25,6 +26,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from moe_train.dist.comm import all_gather, group_named, num_bytes, reduce_scatter, row_bytes
 from moe_train.dist.meter import METER
+from moe_train.dist.riders import pack, values_of
 
 Started: TypeAlias = tuple[Tensor, Tensor]
 """Buffer and ticket."""
@@ -36,7 +38,7 @@ class Flight:
 
     Attributes:
         work: to wait for.
-        tensors: what it reads and writes, and its ticket: kept, so that no other ticket gets the same address.
+        tensors: what it reads, what it writes, and its ticket: kept, so that no other ticket gets the same address.
     """
 
     work: dist.Work
@@ -57,32 +59,42 @@ class Underway:
         buffer: where they will be; not to be read before they have arrived.
         ticket: of the collective.
         adjoint: starts the way back of their gradient.
+        finish: what is made of them when they have arrived, of which ``adjoint`` gets the gradient; None: nothing.
     """
 
     buffer: Tensor
     ticket: Tensor
     adjoint: Callable[[Tensor], Started]
+    finish: Callable[[Tensor], Tensor] | None = None
 
     def arrive(self) -> Tensor:
         """Wait for the rows and return them; on an accelerator it is the stream that waits. To be called once."""
-        rows: Tensor = _Arrive.apply(self.buffer.detach(), self.ticket, self.adjoint)  # type: ignore[no-untyped-call]
+        rows: Tensor = _Arrive.apply(  # type: ignore[no-untyped-call]
+            self.buffer.detach(), self.ticket, self.adjoint, self.finish
+        )
         return rows
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, buffer: Tensor, ticket: Tensor, adjoint: Callable[[Tensor], Started]) -> Tensor:
+    def forward(
+        ctx: Any,
+        buffer: Tensor,
+        ticket: Tensor,
+        adjoint: Callable[[Tensor], Started],
+        finish: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
         ctx.adjoint = adjoint
         land(ticket)
-        return buffer.view_as(buffer)
+        return buffer.view_as(buffer) if finish is None else finish(buffer)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
         if torch.is_grad_enabled():  # a second derivative would not find its way, and be zero
             raise RuntimeError("an exchange can be differentiated once only (create_graph=True)")
         buffer, ticket = ctx.adjoint(grad)
         GRADIENTS[ticket.data_ptr()] = buffer
-        return None, ticket, None
+        return None, ticket, None, None
 
 
 def land(ticket: Tensor) -> None:
@@ -95,22 +107,27 @@ def land(ticket: Tensor) -> None:
             flight.work.wait()
 
 
-def take_off(start: Callable[[Tensor, Tensor], dist.Work | None], x_ND: Tensor, num_rows: int) -> Started:
+def take_off(start: Callable[[], dist.Work | None], source: Tensor, buffer: Tensor, ticket: Tensor) -> Started:
     """Start a collective and remember it until somebody waits for it; forget those for which nobody did.
 
     Args:
-        start: starts it, given the buffer and what is sent.
-        x_ND: what is sent.
-        num_rows: that come.
+        start: starts it.
+        source: what it reads.
+        buffer: what it writes, or a tensor of which that is a part.
+        ticket: of the dtype of the values that travel, which a gradient has, too.
     """
     for address in [address for address, flight in FLIGHTS.items() if flight.work.is_completed()]:
         FLIGHTS.pop(address).work.wait()  # does not wait, but raises the error of one that failed
-    source, buffer, ticket = x_ND.contiguous(), x_ND.new_empty((num_rows, *x_ND.shape[1:])), x_ND.new_empty(1)
-    with METER.timed(x_ND.device):
-        work = start(buffer, source)
+    with METER.timed(buffer.device):
+        work = start()
     assert work is not None, "this rank is not in the group"
     FLIGHTS[ticket.data_ptr()] = Flight(work, (source, buffer, ticket))
     return buffer, ticket
+
+
+def ticket_of(x: Tensor) -> Tensor:
+    """Return a new ticket for values of this dtype."""
+    return x.new_empty(1)
 
 
 @torch.library.custom_op("moe_train::start_rows", mutates_args=())
@@ -118,29 +135,31 @@ def start_rows(x_ND: Tensor, received: list[int], sent: list[int], group_name: s
     """Start what `all_to_all_rows` does; return buffer and ticket."""
     group = group_named(group_name)
     METER.count(group, [rows * row_bytes(x_ND) for rows in sent])
-    return take_off(
-        lambda out, own: dist.all_to_all_single(out, own, received, sent, group=group, async_op=True),
-        x_ND,
-        sum(received),
-    )
+    source, buffer = x_ND.contiguous(), x_ND.new_empty((sum(received), *x_ND.shape[1:]))
+
+    start = partial(dist.all_to_all_single, buffer, source, received, sent, group=group, async_op=True)
+    return take_off(start, source, buffer, ticket_of(x_ND))
 
 
 @start_rows.register_fake
 def _(x_ND: Tensor, received: list[int], sent: list[int], group_name: str) -> Started:
-    return x_ND.new_empty((sum(received), *x_ND.shape[1:])), x_ND.new_empty(1)
+    return x_ND.new_empty((sum(received), *x_ND.shape[1:])), ticket_of(x_ND)
 
 
 @torch.library.custom_op("moe_train::start_gather", mutates_args=())
-def start_gather(x_ND: Tensor, num_ranks: int, group_name: str) -> Started:
-    """Start what `gather_rows_of_all` does; return buffer and ticket."""
-    group = group_named(group_name)
-    METER.count(group, [num_bytes(x_ND)] * num_ranks)
-    return take_off(lambda out, own: all_gather(out, own, group=group, async_op=True), x_ND, num_ranks * len(x_ND))
+def start_gather(x_ND: Tensor, riders_NM: Tensor | None, num_ranks: int, group_name: str) -> Started:
+    """Start what `gather_rows_of_all` does, with integers beside the rows or without; return buffer and ticket."""
+    group, source = group_named(group_name), pack(x_ND, riders_NM).contiguous()
+    METER.count(group, [num_bytes(source)] * num_ranks)
+    buffer = source.new_empty((num_ranks * len(source), *source.shape[1:]))
+    start = partial(all_gather, buffer, source, group=group, async_op=True)
+    return take_off(start, source, buffer, ticket_of(x_ND))
 
 
 @start_gather.register_fake
-def _(x_ND: Tensor, num_ranks: int, group_name: str) -> Started:
-    return x_ND.new_empty((num_ranks * len(x_ND), *x_ND.shape[1:])), x_ND.new_empty(1)
+def _(x_ND: Tensor, riders_NM: Tensor | None, num_ranks: int, group_name: str) -> Started:
+    source = pack(x_ND, riders_NM)
+    return source.new_empty((num_ranks * len(source), *source.shape[1:])), ticket_of(x_ND)
 
 
 @torch.library.custom_op("moe_train::start_sum", mutates_args=())
@@ -148,28 +167,37 @@ def start_sum(x_ND: Tensor, num_ranks: int, group_name: str) -> Started:
     """Start what `sum_rows_of_all` does; return buffer and ticket."""
     group = group_named(group_name)
     METER.count(group, [num_bytes(x_ND) // num_ranks] * num_ranks)
-    return take_off(lambda out, own: reduce_scatter(out, own, group=group, async_op=True), x_ND, len(x_ND) // num_ranks)
+    source, buffer = x_ND.contiguous(), x_ND.new_empty((len(x_ND) // num_ranks, *x_ND.shape[1:]))
+    start = partial(reduce_scatter, buffer, source, group=group, async_op=True)
+    return take_off(start, source, buffer, ticket_of(x_ND))
 
 
 @start_sum.register_fake
 def _(x_ND: Tensor, num_ranks: int, group_name: str) -> Started:
-    return x_ND.new_empty((len(x_ND) // num_ranks, *x_ND.shape[1:])), x_ND.new_empty(1)
+    return x_ND.new_empty((len(x_ND) // num_ranks, *x_ND.shape[1:])), ticket_of(x_ND)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Started) -> None:
+def setup(ctx: Any, inputs: tuple[Any, ...], output: Started) -> None:
+    """Keep what `landed_backward` needs, for autograd."""
     ctx.num_others = len(inputs) - 1
     ctx.set_materialize_grads(False)  # the buffer has none
 
 
-def _landed(ctx: Any, grad_buffer: None, ticket: Tensor) -> tuple[Tensor | None, ...]:
+def landed(grad_buffer: None, ticket: Tensor) -> Tensor:
+    """Wait for what an adjoint collective brings, given the gradients of an operator's buffer and ticket."""
     assert grad_buffer is None, "rows were read before they arrived"
     grad_ND = GRADIENTS.pop(ticket.data_ptr())
     land(ticket)
-    return grad_ND, *(None for _ in range(ctx.num_others))
+    return grad_ND
+
+
+def landed_backward(ctx: Any, grad_buffer: None, ticket: Tensor) -> tuple[Tensor | None, ...]:
+    """Give the first argument of an operator its gradient."""
+    return landed(grad_buffer, ticket), *(None for _ in range(ctx.num_others))
 
 
 for _operator in (start_rows, start_gather, start_sum):
-    _operator.register_autograd(_landed, setup_context=_setup)
+    _operator.register_autograd(landed_backward, setup_context=setup)
 
 
 def send_rows(x_ND: Tensor, received: list[int], sent: list[int], group_name: str) -> Underway:
@@ -178,13 +206,14 @@ def send_rows(x_ND: Tensor, received: list[int], sent: list[int], group_name: st
     return Underway(buffer, ticket, lambda grad_RD: start_rows(grad_RD, sent, received, group_name))
 
 
-def send_to_all(x_ND: Tensor, num_ranks: int, group_name: str) -> Underway:
-    """Start `gather_rows_of_all`."""
-    buffer, ticket = start_gather(x_ND, num_ranks, group_name)
-    return Underway(buffer, ticket, lambda grad_RD: start_sum(grad_RD, num_ranks, group_name))
+def send_to_all(x_ND: Tensor, num_ranks: int, group_name: str, riders_NM: Tensor | None = None) -> Underway:
+    """Start `gather_rows_of_all`. Integers that ride beside the rows are found in the buffer (`riders_of`)."""
+    buffer, ticket = start_gather(x_ND, riders_NM, num_ranks, group_name)
+    finish = None if riders_NM is None else partial(values_of, num_riders=riders_NM.shape[1], dtype=x_ND.dtype)
+    return Underway(buffer, ticket, lambda grad_RD: start_sum(grad_RD, num_ranks, group_name), finish)
 
 
 def send_sums(x_ND: Tensor, num_ranks: int, group_name: str) -> Underway:
     """Start `sum_rows_of_all`."""
     buffer, ticket = start_sum(x_ND, num_ranks, group_name)
-    return Underway(buffer, ticket, lambda grad_RD: start_gather(grad_RD, num_ranks, group_name))
+    return Underway(buffer, ticket, lambda grad_RD: start_gather(grad_RD, None, num_ranks, group_name))

@@ -77,6 +77,7 @@ class GroupedQueryAttention(nn.Module):
         self.kv_heads = attention.kv_heads or config.heads
         self.width = head_width(config, attention)
         self.window = window
+        self.compute = attention.compute
         rows = (self.heads + 2 * self.kv_heads) * self.width
         self.qkv = Linear(config.dim, rows, config.init_std, attention.qkv_bias)
         self.out = Linear(self.heads * self.width, config.dim, out_std, attention.out_bias)
@@ -90,7 +91,9 @@ class GroupedQueryAttention(nn.Module):
         q_BSN, k_BSN, v_BSN = torch.split(self.qkv(x_BSD), widths, dim=-1)
         q_BHSW = rotate(self.to_heads(normed(q_BSN, self.q_norm)), rotary)
         k_BGSW = rotate(self.to_heads(normed(k_BSN, self.k_norm)), rotary)
-        y_BHSW = causal_attention(q_BHSW, k_BGSW, self.to_heads(v_BSN), window=self.window, sinks_H=self.sinks_H)
+        y_BHSW = causal_attention(
+            q_BHSW, k_BGSW, self.to_heads(v_BSN), window=self.window, sinks_H=self.sinks_H, compute=self.compute
+        )
         out_BSD: Tensor = self.out(y_BHSW.transpose(1, 2).flatten(2))
         return out_BSD
 
@@ -158,7 +161,7 @@ class LatentAttention(nn.Module):
         """Apply to [B, S, D], with the rotary table of these positions."""
         q_BHSW = self.queries(x_BSD, rotary)
         k_BHSW, v_BHSU = self.keys_and_values(x_BSD, rotary)
-        y_BHSU = causal_attention(q_BHSW, k_BHSW, v_BHSU, scale=self.scale)
+        y_BHSU = causal_attention(q_BHSW, k_BHSW, v_BHSU, scale=self.scale, compute=self.sizes.compute)
         out_BSD: Tensor = self.out(y_BHSU.transpose(1, 2).flatten(2))
         return out_BSD
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from torch import nn
@@ -67,13 +69,13 @@ def build_moe(config: ModelConfig, exchange: Exchange, out_std: float) -> MoELay
         router=build_router(ffn, config.dim, config.init_std),
         capacity=Capacity(ffn.capacity, ffn.num_experts, ffn.top_k),
         exchange=exchange,
-        experts=build_experts(Experts, config, exchange.experts, out_std),
+        experts=build_experts(partial(Experts, compute=ffn.compute), config, exchange.experts, out_std),
         balance=Balance(ffn),
         shared=build_shared(config, out_std),
     )
 
 
-def build_experts(kind: type[ExpertsKind], config: ModelConfig, experts: range, out_std: float) -> ExpertsKind:
+def build_experts(kind: Callable[..., ExpertsKind], config: ModelConfig, experts: range, out_std: float) -> ExpertsKind:
     """Build the experts held here, be they chosen by tokens or not."""
     ffn = config.ffn
     activation = ffn.expert_activation or ffn.activation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from moe_train.moe.layer import MoELayer
 from moe_train.moe.modules import Linear, build_norm
 from moe_train.moe.record import ExpertLayer, LayerRecord
 from moe_train.moe.roles import Kind, Role
+from moe_train.ops.linear_loss import linear_cross_entropy_sum
+from moe_train.ops.loss import cross_entropy_sum
 from moe_train.ops.rotary import Rotary, rotary_table
 
 
@@ -39,6 +42,20 @@ class ModelOutput:
     mtp_logits: tuple[Tensor, ...] = ()
 
 
+@dataclass(frozen=True)
+class ModelLosses:
+    """What the model returns to whoever gives it the targets.
+
+    Attributes:
+        loss_sums: summed cross-entropy in nats, scalars of at least fp32: the model's, then that of each module of
+            multi-token prediction; empty if no targets were given.
+        records: as in `ModelOutput`.
+    """
+
+    loss_sums: tuple[Tensor, ...]
+    records: tuple[LayerRecord, ...]
+
+
 class Transformer(nn.Module):
     """Token embedding, blocks, final norm, head. Parameters hold no values until `initialise` fills them.
 
@@ -47,6 +64,9 @@ class Transformer(nn.Module):
         vocab_size: tokens V.
         exchange: brings tokens to experts; it also says which experts this rank holds.
         dtype: of the activations. Parameters keep theirs and are cast where they are used.
+
+    Attributes:
+        loss_chunk: tokens whose logits exist at one time where losses are asked for; None: all of a pass.
     """
 
     positions_SD: nn.Parameter | None
@@ -55,6 +75,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
+        self.loss_chunk: int | None = None
         self.embedding_VD = nn.Parameter(torch.empty(vocab_size, config.dim))
         learned = nn.Parameter(torch.empty(config.max_positions, config.dim)) if config.max_positions else None
         self.register_parameter("positions_SD", learned)
@@ -78,12 +99,16 @@ class Transformer(nn.Module):
         found = ((depth, expert_layer_of(block)) for depth, block in enumerate(self.all_blocks))
         return {depth: layer for depth, layer in found if layer is not None}
 
-    def forward(self, tokens_BS: Tensor, context: RoutingContext | None = None) -> ModelOutput:
+    def forward(
+        self, tokens_BS: Tensor, context: RoutingContext | None = None, targets: Sequence[Tensor] | None = None
+    ) -> ModelOutput | ModelLosses:
         """Score the next token at each position.
 
         Args:
             tokens_BS: [B, S] int64.
             context: of the same tokens: padding, place in the global batch, draws; None: a batch of its own, all valid.
+            targets: None: logits are returned. Else losses are, and no logits outlive this: [B, S] labels for the model
+                and, in training, for each module of multi-token prediction; or none at all, and nothing is scored.
         """
         context = context or RoutingContext.of(tokens_BS)
         rotary = self.rotations(tokens_BS)
@@ -96,11 +121,13 @@ class Transformer(nn.Module):
         x_BSD = self.norm(x_BSD)
         outputs = self.look_ahead(x_BSD, tokens_BS, rotary, context) if self.training else []
         records += [output.record for output in outputs]
-        return ModelOutput(
-            logits_BSV=self.score(x_BSD),
-            records=tuple(record for record in records if record is not None),
-            mtp_logits=tuple(self.score(output.x_BSD) for output in outputs),
-        )
+        found = tuple(record for record in records if record is not None)
+        hidden = [x_BSD, *(output.x_BSD for output in outputs)]
+        if targets is not None:
+            assert len(targets) in (0, len(hidden)), "targets are for the model and for each module that looks ahead"
+            return ModelLosses(tuple(map(self.loss_sum, hidden, targets)) if targets else (), found)
+        logits_BSV, *ahead_BSV = map(self.score, hidden)
+        return ModelOutput(logits_BSV, found, tuple(ahead_BSV))
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """Return the tokens' vectors [B, S, D], with those of their positions where these are learned."""
@@ -118,11 +145,21 @@ class Transformer(nn.Module):
         return rotary_table(tokens_BS.shape[1], width, self.config.attention, precise, tokens_BS.device)
 
     def score(self, x_BSD: Tensor) -> Tensor:
-        """Return the logits [B, S, V] of normed vectors."""
+        """Return the logits [..., V] of normed vectors [..., D]."""
         if self.head is None:
             return F.linear(x_BSD, self.embedding_VD.to(self.dtype))
         logits_BSV: Tensor = self.head(x_BSD)
         return logits_BSV
+
+    def loss_sum(self, x_BSD: Tensor, labels_BS: Tensor) -> Tensor:
+        """Return the summed cross-entropy of normed vectors and labels [B, S], a scalar of at least fp32."""
+        x_TD, labels_T = x_BSD.flatten(0, 1), labels_BS.flatten()
+        if self.loss_chunk is None and torch.finfo(self.dtype).bits >= 32:
+            return cross_entropy_sum(self.score(x_TD), labels_T)
+        # In bf16 also where it is one chunk: logits are read and written less often than with fp32 copies.
+        weight_VD = self.embedding_VD if self.head is None else self.head.weight
+        bias_V = None if self.head is None else self.head.bias
+        return linear_cross_entropy_sum(x_TD, weight_VD, bias_V, labels_T, self.loss_chunk)
 
     def look_ahead(
         self, x_BSD: Tensor, tokens_BS: Tensor, rotary: Rotary | None, context: RoutingContext

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from moe_train.config.model import Activation
+from moe_train.config.model import Activation, Compute
 from moe_train.moe.exchange import Arrived
-from moe_train.moe.queues import count
 from moe_train.moe.roles import Kind, Role
 from moe_train.ops.activation import activate, inner_width
-from moe_train.ops.grouped_gemm import grouped_gemm
-from moe_train.ops.permute import gather_rows, map_rows, sum_rows
+from moe_train.ops.expert_ffn import Networks, expert_ffn
 from moe_train.ops.rotary import Rotary
 
 
@@ -59,27 +57,38 @@ class ExpertNetworks(nn.Module):
 
 
 class Experts(ExpertNetworks):
-    """Experts to which only those tokens come that chose them."""
+    """Experts to which only those tokens come that chose them.
+
+    Args:
+        dim: see `ExpertNetworks`, as all but the last.
+        hidden_dim: there.
+        experts: there.
+        init_std: there.
+        out_std: there.
+        activation: there.
+        biased: there.
+        compute: how their products are made.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        experts: Sequence[int],
+        init_std: float,
+        out_std: float,
+        activation: Activation = "swiglu",
+        biased: bool = False,
+        compute: Compute = "auto",
+    ) -> None:
+        super().__init__(dim, hidden_dim, experts, init_std, out_std, activation, biased)
+        self.compute: Compute = compute
 
     def forward(self, arrived: Arrived) -> Tensor:
         """Return for each row the weighted sum [R, D] over its experts held here."""
-        num_held = self.down_LFD.shape[0]
-        dtype = arrived.rows_RD.dtype
-        row_map = map_rows(arrived.experts_RK, num_held, arrived.num_assignments)
-        counts_L = count(arrived.experts_RK, num_held)
-        x_AD = gather_rows(arrived.rows_RD, row_map)
-        weights_A1 = arrived.weights_RK.reshape(-1, 1).index_select(0, row_map.choices_N).to(dtype)
-        inner_AF = grouped_gemm(x_AD, self.gate_up_LDF2.to(dtype), counts_L)
-        if self.gate_up_bias_LF2 is None or self.down_bias_LD is None:
-            # The weight commutes with a down projection without bias; applied here, rows are added unweighted.
-            h_AF = activate(inner_AF, self.activation) * weights_A1
-            return sum_rows(grouped_gemm(h_AF, self.down_LFD.to(dtype), counts_L), row_map)
-        experts_A = arrived.experts_RK.reshape(-1).index_select(0, row_map.choices_N)
-        inner_AF = inner_AF + self.gate_up_bias_LF2.to(dtype).index_select(0, experts_A)
-        h_AF = activate(inner_AF, self.activation) * weights_A1
-        y_AD = grouped_gemm(h_AF, self.down_LFD.to(dtype), counts_L)
-        y_AD = torch.addcmul(y_AD, weights_A1, self.down_bias_LD.to(dtype).index_select(0, experts_A))
-        return sum_rows(y_AD, row_map)
+        networks = Networks(self.gate_up_LDF2, self.down_LFD, self.gate_up_bias_LF2, self.down_bias_LD, self.activation)
+        choices = (arrived.experts_RK, arrived.weights_RK, arrived.num_assignments)
+        return expert_ffn(arrived.rows_RD, *choices, networks, self.compute)
 
 
 class DenseExperts(ExpertNetworks):

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from moe_train.config.model import NormKind
 from moe_train.moe.roles import Kind, Role
+from moe_train.ops.norm import rms_norm
 
 
 class Linear(nn.Module):
@@ -49,8 +50,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., D]; the result has the dtype of x."""
-        precise = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(precise), self.weight.shape, self.weight.to(precise), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import moe_train
+from moe_train.config.process import told_settings
 from moe_train.observe.redact import redact, redact_command
 
 BYTES_PER_GIB = 1024**3
@@ -39,6 +40,7 @@ PACKAGES = (
 # An allowlist: what is not named here is not stored, so that no secret of an unknown name can slip through.
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
+    "GLIBC_TUNABLES",
     "GLOO_SOCKET_IFNAME",
     "GROUP_RANK",
     "LD_PRELOAD",
@@ -46,13 +48,16 @@ VARIABLES = (
     "MALLOC_ARENA_MAX",
     "MALLOC_CONF",
     "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
     "MALLOC_TRIM_THRESHOLD_",
     "MKL_NUM_THREADS",
+    "MOE_TRAIN_SETTINGS",
     "NCCL_DEBUG",
     "NCCL_IB_DISABLE",
     "NCCL_P2P_DISABLE",
     "NCCL_SOCKET_IFNAME",
     "OMP_NUM_THREADS",
+    "OMP_PROC_BIND",
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
     "SLURM_JOB_ID",
@@ -83,6 +88,7 @@ def environment(accelerator: Mapping[str, Any] | None) -> dict[str, Any]:
         "cpu": cpu(),
         "memory_gib": memory_gib(),
         "accelerator": dict(accelerator) if accelerator is not None else None,
+        "settings": told_settings(os.environ),
         "variables": {name: redact(os.environ[name]) for name in VARIABLES if name in os.environ},
     }
 

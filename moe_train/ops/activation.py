@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_train.config.model import Activation
+from moe_train.ops.pointwise import pointwise
 
 GATED = frozenset({"swiglu", "geglu", "swiglu_clamped"})
 """Activations whose first projection is twice as wide: gate, then up."""
@@ -31,6 +32,13 @@ def activate(h: Tensor, kind: Activation) -> Tensor:
     Returns:
         [..., F], the input of the second projection.
     """
+    rows = activated(h.reshape(-1, h.shape[-1]), kind)
+    return rows.view(*h.shape[:-1], rows.shape[-1])
+
+
+@pointwise
+def activated(h: Tensor, kind: Activation) -> Tensor:
+    """Do the same on rows [T, 2F] or [T, F]."""
     match kind:
         case "relu":
             return F.relu(h)

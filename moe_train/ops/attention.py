@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from moe_train.ops.attention_products import attend_by_products
+
+Compute = Literal["auto", "fused", "products"]
+LONGEST = 1024
+"""Of what a query sees where `auto` chooses products: they keep a number for each position that each query sees."""
+SHORTEST_FP32 = 512
+"""In fp32, where fused attention is not as slow, products do not gain below this (docs/performance.md)."""
 
 
 def causal_attention(
@@ -14,6 +24,7 @@ def causal_attention(
     scale: float | None = None,
     window: int | None = None,
     sinks_H: Tensor | None = None,
+    compute: Compute = "auto",
 ) -> Tensor:
     """Attend to this and earlier positions.
 
@@ -24,6 +35,7 @@ def causal_attention(
         scale: multiplies the scores; None: 1 / sqrt(W).
         window: positions that a query sees, its own included; None: all earlier ones.
         sinks_H: [H] scores that take part in the softmax of every query and have no value (gpt-oss); None: none.
+        compute: fused: torch's scaled_dot_product_attention; products: `attend_by_products`; auto: the faster one.
 
     Returns:
         [B, H, S, U].
@@ -32,6 +44,8 @@ def causal_attention(
     shared = q_BHSW.shape[1] // k_BGSW.shape[1]
     if shared > 1:
         k_BGSW, v_BGSU = (t.repeat_interleave(shared, dim=1) for t in (k_BGSW, v_BGSU))
+    if compute == "products" or (compute == "auto" and gains_by_products(q_BHSW, window)):
+        return attend_by_products(q_BHSW, k_BGSW, v_BGSU, scale, window, sinks_H)
     if sinks_H is not None:
         q_BHSW, k_BGSW, v_BGSU = with_sinks(q_BHSW, k_BGSW, v_BGSU, sinks_H / scale)
     length, sinks = q_BHSW.shape[2], int(sinks_H is not None)
@@ -42,6 +56,16 @@ def causal_attention(
         seen_SS = F.pad(seen_SS, (sinks, 0, sinks, 0), value=True)
         y_BHSU = F.scaled_dot_product_attention(q_BHSW, k_BGSW, v_BGSU, attn_mask=seen_SS, scale=scale)
     return y_BHSU[:, :, sinks:]
+
+
+def gains_by_products(q_BHSW: Tensor, window: int | None) -> bool:
+    """Return whether products are faster: on a CPU, where there is a backward pass, for lengths that were measured."""
+    if q_BHSW.device.type != "cpu" or not (torch.is_grad_enabled() and q_BHSW.requires_grad):
+        return False
+    length = q_BHSW.shape[2]
+    if min(length, window or length) > LONGEST:
+        return False
+    return q_BHSW.dtype == torch.bfloat16 or (q_BHSW.dtype == torch.float32 and length >= SHORTEST_FP32)
 
 
 def with_sinks(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSU: Tensor, scores_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,8 +104,9 @@ def causal_attention_reference(
     scale: float | None = None,
     window: int | None = None,
     sinks_H: Tensor | None = None,
+    compute: Compute = "auto",
 ) -> Tensor:
-    """Do the same with a plain softmax, one head and one query at a time."""
+    """Do the same with a plain softmax, one head and one query at a time, whatever ``compute`` is."""
     shared = q_BHSW.shape[1] // k_BGSW.shape[1]
     length, width = q_BHSW.shape[2:]
     scale = width**-0.5 if scale is None else scale

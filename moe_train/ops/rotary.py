@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_train.config.attention import Llama3Config, RotaryConfig, YarnConfig
+from moe_train.ops.pointwise import pointwise
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,11 @@ def rotate(x_BHSW: Tensor, rotary: Rotary | None) -> Tensor:
     """
     if rotary is None:
         return x_BHSW
-    first, second = x_BHSW.to(rotary.cos_SW.dtype).chunk(2, dim=-1)
-    cos_SW, sin_SW = rotary.cos_SW, rotary.sin_SW
-    turned = torch.cat([first * cos_SW - second * sin_SW, second * cos_SW + first * sin_SW], dim=-1)
-    return turned.to(x_BHSW.dtype)
+    return turned(x_BHSW, rotary.cos_SW, rotary.sin_SW)
+
+
+@pointwise
+def turned(x_BHSW: Tensor, cos_SW: Tensor, sin_SW: Tensor) -> Tensor:
+    """Return each head's pairs times cosine and sine of its position."""
+    first, second = x_BHSW.to(cos_SW.dtype).chunk(2, dim=-1)
+    return torch.cat([first * cos_SW - second * sin_SW, second * cos_SW + first * sin_SW], dim=-1).to(x_BHSW.dtype)

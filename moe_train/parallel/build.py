@@ -14,6 +14,7 @@ from moe_train.dist.world import World
 from moe_train.models.initialise import initialise
 from moe_train.models.transformer import PRECISIONS, Transformer, build_model
 from moe_train.moe.exchange import Exchange
+from moe_train.ops.pointwise import fuse
 from moe_train.parallel.compile import apply_compile
 from moe_train.parallel.engine import Engine, TorchEngine
 from moe_train.parallel.remat import apply_remat
@@ -32,7 +33,7 @@ def build_engine(
     make_optimizer: MakeOptimizer,
     starter: Start | None,
 ) -> Engine:
-    """Build model and optimizer with first values. Collective.
+    """Build model and optimizer with first values. Collective. What ``train.compile`` fuses, the process fuses.
 
     Args:
         config: validated.
@@ -46,6 +47,8 @@ def build_engine(
 
     def build(device: torch.device) -> Transformer:
         model = build_model(config.model, vocab_size, exchange, config.train.precision, device)
+        fuse(None if config.train.compile == "none" else "inductor")
+        model.loss_chunk = config.train.loss_chunk
         if config.train.compile == "block":
             apply_compile(model)
         apply_remat(model, config.parallel.remat)

@@ -11,7 +11,7 @@ from moe_train.data.store import TokenStore
 from moe_train.dist.mesh import Mesh
 from moe_train.dist.world import World
 from moe_train.models.transformer import Transformer
-from moe_train.ops.loss import IGNORE, cross_entropy_sum
+from moe_train.ops.loss import IGNORE
 from moe_train.training.step import to_inputs
 
 
@@ -41,8 +41,7 @@ def evaluate(
     sums = torch.zeros(2, dtype=torch.float64)
     for window in heldout_batches(store, seq_len, batch, world.rank, world.size, limit):
         inputs = to_inputs(window, model, mesh, seed=0)  # nothing is drawn in evaluation
-        logits_TV = model(inputs.tokens_BS, inputs.context).logits_BSV.flatten(0, 1)
-        sums[0] += cross_entropy_sum(logits_TV, inputs.labels_BS.flatten()).cpu()
+        sums[0] += model(inputs.tokens_BS, inputs.context, [inputs.labels_BS]).loss_sums[0].cpu()
         sums[1] += int((window.labels_BS != IGNORE).sum())
     model.train(was_training)
     loss_sum, tokens = world.sum_on_host(sums).tolist()

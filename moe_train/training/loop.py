@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from moe_train.config.process import settings_message
 from moe_train.data.loader import Batch
 from moe_train.dist.comm import METER
 from moe_train.models.counts import count
@@ -112,6 +114,8 @@ def announce(run: Run, sinks: SinkGroup) -> None:
     )
     sizes = {"parameters": size.total, "active_parameters": size.active}
     sinks.write({"kind": "event", "step": run.start_step, "event": event, "message": message, **sizes})
+    told = settings_message(os.environ)
+    sinks.write({"kind": "event", "step": run.start_step, "event": "settings", "message": told})
     ffn = config.ffn
     if run.mesh.layout.ep > 1 and ffn.num_experts and ffn.graph is None:
         choice = choice_for(run.mesh.layout, ffn.num_experts, is_padded(ffn.capacity), run.config.parallel, ffn.top_k)

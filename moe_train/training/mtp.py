@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moe_train.models.transformer import ModelOutput
+from moe_train.models.transformer import ModelLosses
 from moe_train.moe.context import ahead
-from moe_train.ops.loss import IGNORE, cross_entropy_sum
+from moe_train.ops.loss import IGNORE
 
 
 @dataclass(frozen=True)
@@ -37,25 +38,33 @@ class MTPLoss:
         return torch.stack([self.loss_sum.detach().to(torch.float64), self.targets.to(torch.float64)])
 
 
-def mtp_loss(output: ModelOutput, labels_BS: Tensor, boundary_id: int | None) -> MTPLoss:
-    """Sum the cross-entropy of all modules.
+def mtp_loss(losses: ModelLosses, labels: Sequence[Tensor]) -> MTPLoss:
+    """Add up the cross-entropy of all modules.
 
     As the main loss, the sum is divided by the valid tokens of the step, not by the fewer that a module can predict
     (eq. 24).
 
     Args:
-        output: of the model in training.
+        losses: of the model in training.
+        labels: of each module [B, S] int64, as `mtp_labels` made them.
+    """
+    own, *ahead = losses.loss_sums
+    loss_sum, targets = own.new_zeros(()), torch.zeros((), dtype=torch.int64, device=own.device)
+    for module_sum, labels_BS in zip(ahead, labels, strict=True):
+        loss_sum = loss_sum + module_sum
+        targets = targets + (labels_BS != IGNORE).sum()
+    return MTPLoss(loss_sum, targets, len(ahead))
+
+
+def mtp_labels(labels_BS: Tensor, modules: int, boundary_id: int | None) -> list[Tensor]:
+    """Return the labels [B, S] of each module.
+
+    Args:
         labels_BS: [B, S] int64, the next tokens; IGNORE where there is none.
+        modules: how many there are.
         boundary_id: token that ends a document, see `labels_ahead`.
     """
-    precise = torch.promote_types(output.logits_BSV.dtype, torch.float32)
-    loss_sum = labels_BS.new_zeros((), dtype=precise)
-    targets = labels_BS.new_zeros(())
-    for k, logits_BSV in enumerate(output.mtp_logits):
-        later_BS = labels_ahead(labels_BS, k + 1, boundary_id)
-        loss_sum = loss_sum + cross_entropy_sum(logits_BSV.flatten(0, 1), later_BS.flatten())
-        targets = targets + (later_BS != IGNORE).sum()
-    return MTPLoss(loss_sum, targets, len(output.mtp_logits))
+    return [labels_ahead(labels_BS, k + 1, boundary_id) for k in range(modules)]
 
 
 def labels_ahead(labels_BS: Tensor, steps: int, boundary_id: int | None) -> Tensor:

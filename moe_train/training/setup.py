@@ -113,6 +113,7 @@ def build_run(config: TrainConfig, world: World, starter: Starter) -> Run:
         if rebalancer is not None:  # before tensors are read: it says which
             rebalancer.restore(checkpoint.trainer.get("layout", {}), world.is_leader)
         restore(checkpoint, identity(config, corpus), engine, loader, world)
+    loader.prefetch()
     saver: Saver = BackgroundSaver(manager) if config.checkpoint.background else ForegroundSaver(manager)
     run = Run(config, world, mesh, corpus, engine, loader, saver, rebalancer, checkpoint.step if checkpoint else 0)
     world.leader_first(lambda: describe(run))

@@ -12,13 +12,13 @@ from moe_train.data.loader import Batch
 from moe_train.dist.comm import sum_over
 from moe_train.dist.mesh import Mesh
 from moe_train.dist.peers import Together
-from moe_train.models.transformer import ModelOutput, Transformer
+from moe_train.models.transformer import ModelLosses, Transformer
 from moe_train.moe.balance import RoutingRecord
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.layer import MoELayer
-from moe_train.ops.loss import IGNORE, cross_entropy_sum
+from moe_train.ops.loss import IGNORE
 from moe_train.parallel.engine import Engine
-from moe_train.training.mtp import mtp_loss
+from moe_train.training.mtp import mtp_labels, mtp_loss
 from moe_train.training.tally import Statistics, Tally, total_statistics
 
 
@@ -72,9 +72,9 @@ def train_step(engine: Engine, mesh: Mesh, batches: Sequence[Batch], tokens: int
     inputs = [to_inputs(batch, model, mesh, settings.seed) for batch in batches]
     totals = step_totals(model, mesh, inputs)
     for place, micro_batch in enumerate(inputs):
-        output: ModelOutput = model(micro_batch.tokens_BS, micro_batch.context)
-        loss_sum = cross_entropy_sum(output.logits_BSV.flatten(0, 1), micro_batch.labels_BS.flatten())
-        mtp = mtp_loss(output, micro_batch.labels_BS, settings.boundary_id)
+        later = mtp_labels(micro_batch.labels_BS, model.config.mtp.depth, settings.boundary_id)
+        output: ModelLosses = model(micro_batch.tokens_BS, micro_batch.context, [micro_batch.labels_BS, *later])
+        loss_sum, mtp = output.loss_sums[0], mtp_loss(output, later)
         balance_totals = totals or pass_totals(model, mesh, output)
         balance_sum = balance_loss_sum(model, output, balance_totals, settings.mtp_coef)
         loss = (loss_sum + settings.mtp_coef * mtp.mean_sum + balance_sum) / tokens
@@ -129,25 +129,25 @@ def step_totals(model: Transformer, mesh: Mesh, inputs: Sequence[Inputs]) -> lis
     tally = Tally(model.moe_layers)
     with torch.no_grad():
         for micro_batch in inputs:
-            tally.add(torch.zeros(()), model(micro_batch.tokens_BS, micro_batch.context).records)
+            tally.add(torch.zeros(()), model(micro_batch.tokens_BS, micro_batch.context, ()).records)
     return total_statistics(tally.records, mesh)
 
 
-def pass_totals(model: Transformer, mesh: Mesh, output: ModelOutput) -> list[Statistics]:
+def pass_totals(model: Transformer, mesh: Mesh, output: ModelLosses) -> list[Statistics]:
     """Return each MoE layer's statistics of one forward pass over all ranks, or of this rank if no loss needs more."""
     if any(layer.balance.needs_totals for layer in model.moe_layers.values()):
         return total_statistics(output.records, mesh)
     return [record.statistics for record in output.records]
 
 
-def balance_loss_sum(model: Transformer, output: ModelOutput, totals: list[Statistics], mtp_coef: float) -> Tensor:
+def balance_loss_sum(model: Transformer, output: ModelLosses, totals: list[Statistics], mtp_coef: float) -> Tensor:
     """Return what adds the gradient of the weighted balance losses of one micro-batch, summed over layers.
 
     Those of modules of multi-token prediction are weighted as the modules' own loss is: at weight zero the modules
     leave the model alone.
     """
     config = model.config
-    total = output.logits_BSV.new_zeros((), dtype=torch.float64)
+    total = output.loss_sums[0].new_zeros((), dtype=torch.float64)
     for (depth, layer), record, statistics in zip(model.moe_layers.items(), output.records, totals, strict=True):
         weight = 1.0 if depth < config.layers else mtp_coef / config.mtp.depth
         total = total + weight * layer.balance.share(record, statistics)

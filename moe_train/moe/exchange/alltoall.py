@@ -17,7 +17,10 @@ class AllToAllExchange(ShardedExchange):
     """A token goes once to each rank that holds one of its experts.
 
     With b bytes per value, w per weight and v other ranks visited, a token costs v · (D · b + K · (w + 4)) bytes out
-    and v · D · b home; backwards the same without the 4 of each id.
+    and v · D · b home; backwards the same without the 4 of each id. What it has for its own rank stays there.
+
+    Forwards there are four collectives: counts, of 16 bytes for each rank; ids and weights in one buffer; rows; and the
+    sums home. Backwards there are three: there are no counts, and the gradients of the weights travel alone.
     """
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Transit:

@@ -13,8 +13,10 @@ allgather    P - n                     P - 1
 
 and each costs the same bytes (`AllToAllExchange`). Between nodes, where a link is an order of magnitude slower than
 inside, the second leg of the hierarchical way pays when it saves a fifth or more; inside a node, sending all tokens
-everywhere pays when nine of ten go everywhere anyway, for nobody counts them first. Routers that prefer few nodes
-(group_limited) let the hierarchical way save more than this says; node limits are not part of the rule.
+everywhere pays when nine of ten go everywhere anyway, for nobody counts them first. Not with gloo, whose all-gather
+takes twice and whose reduce-scatter three times as long as an all-to-all of the same bytes (docs/performance.md).
+Routers that prefer few nodes (group_limited) let the hierarchical way save more than this says; node limits are not
+part of the rule.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Literal
+
+import torch.distributed as dist
 
 from moe_train.config.schema import LayoutConfig
 from moe_train.dist.mesh import Layout, Mesh
@@ -61,7 +65,15 @@ def visited(num_places: int, num_experts: int, top_k: int) -> float:
     return 1.0 - math.comb(elsewhere, top_k) / math.comb(num_experts, top_k)
 
 
-def choose(layout: Layout, num_experts: int, top_k: int, config: LayoutConfig, padded: bool, node_size: int) -> Choice:
+def choose(
+    layout: Layout,
+    num_experts: int,
+    top_k: int,
+    config: LayoutConfig,
+    padded: bool,
+    node_size: int,
+    gathers_well: bool = True,
+) -> Choice:
     """Return the exchange of a layout by the rule above.
 
     Args:
@@ -71,6 +83,7 @@ def choose(layout: Layout, num_experts: int, top_k: int, config: LayoutConfig, p
         config: what was asked for.
         padded: whether buffers of fixed size travel.
         node_size: ranks of a node.
+        gathers_well: whether an all-gather takes no longer than an all-to-all of the same bytes.
     """
     ep = layout.ep
     fills_nodes = 1 < node_size < ep and ep % node_size == 0
@@ -87,7 +100,7 @@ def choose(layout: Layout, num_experts: int, top_k: int, config: LayoutConfig, p
         return between_nodes(ep, node_size, num_experts, top_k)
     share = visited(ep, num_experts, top_k)
     told = f"{share:.0%} of the tokens visit each of the {ep} ranks of an EP group"
-    if node_size >= ep and share >= NEARLY_ALL:
+    if gathers_well and node_size >= ep and share >= NEARLY_ALL:
         return Choice("allgather", node_size, f"{told}: sending all saves the counting")
     return Choice("alltoall", node_size, told)
 
@@ -142,4 +155,5 @@ def choice_for(
 ) -> Choice:
     """Return what `exchange_for` chooses, for the log; takes what that takes, and makes nothing."""
     size = config.node_size or node_size or launched_node_size(layout.world_size)
-    return choose(layout, num_experts, top_k, config, padded, size)
+    on_gloo = dist.is_initialized() and dist.get_backend() == dist.Backend.GLOO
+    return choose(layout, num_experts, top_k, config, padded, size, gathers_well=not on_gloo)

@@ -35,6 +35,8 @@ class LocalExchange:
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Transit:
         """Take the tokens as they are. Waits for the device only when assignments were dropped."""
+        if plan.all_kept:
+            return Transit([Journey(Cargo(x_TD, plan.experts_TK, plan.weights_TK), plan.kept_TK.numel())])
         experts_TK = torch.where(plan.kept_TK, plan.experts_TK, self.num_experts)
-        num_assignments = plan.kept_TK.numel() if plan.all_kept else decide(lambda: int(plan.kept_TK.sum()))
+        num_assignments = decide(lambda: int(plan.kept_TK.sum()))
         return Transit([Journey(Cargo(x_TD, experts_TK, plan.weights_TK), num_assignments)])

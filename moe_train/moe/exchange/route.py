@@ -7,7 +7,8 @@ counted over E arrives with experts counted over E / P.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,75 +17,59 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_train.dist.comm import exchange_counts
-from moe_train.dist.underway import Underway, send_rows
+from moe_train.dist.riders import riders_of
+from moe_train.dist.underway import Underway
 from moe_train.moe.capacity import Plan
+from moe_train.moe.dense_exchange import held_by
 from moe_train.moe.exchange.journey import Cargo, Journey, Transit, split
+from moe_train.moe.exchange.visits import Counts, among, map_visits, visits
 from moe_train.moe.queues import count
 from moe_train.ops.keep import decide
-from moe_train.ops.permute import RowMap, gather_rows, map_rows, sum_rows
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Rows of one leg.
-
-    Attributes:
-        sent: rows for each rank of its group.
-        received: rows from each rank.
-    """
-
-    sent: list[int]
-    received: list[int]
 
 
 class RowLeg:
     """An all-to-all of rows, one for each pair of a token and a group of ranks that it visits, and the same back.
 
+    With each token travel all of its expert ids and, in the same buffer, its weights; whose experts they are the rank
+    that gets them knows best.
+
     Args:
         cargo: what leaves, with experts counted over all ``num_experts``.
+        visited_PT: [P, T] bool, which of the group's ranks each token goes to; None: as follows from its experts.
         num_experts: that can be reached.
         group: the P ranks that it goes to; behind each lives a run of num_experts / P experts.
         counts: rows, as all ranks know them.
     """
 
-    def __init__(self, cargo: Cargo, num_experts: int, group: dist.ProcessGroup, counts: Counts) -> None:
-        self._group, self._counts = group, counts
-        num_ranks = group.size()
-        held = num_experts // num_ranks
-        home_RK = cargo.experts_RK // held  # num_ranks where there is no expert
-        ranks_P = torch.arange(num_ranks, device=home_RK.device)
-        visited_RP = torch.where(visits(home_RK, num_ranks), ranks_P, num_ranks)
-        self._row_map: RowMap = map_rows(visited_RP, num_ranks, sum(counts.sent))
-
-        # Row n goes to rank p: of its token's choices, those that live there, counted from the first expert there.
-        rank_N1 = (self._row_map.choices_N % num_ranks).unsqueeze(1)
-        there_NK = home_RK.index_select(0, self._row_map.tokens_N) == rank_N1
-        experts_NK = cargo.experts_RK.index_select(0, self._row_map.tokens_N) - rank_N1 * held
-        self._experts = self._send(torch.where(there_NK, experts_NK, held).to(torch.int32))
-        self._rows = self._send(gather_rows(cargo.rows_RD, self._row_map))
-        self._weights = self._send(gather_rows(cargo.weights_RK, self._row_map))
-
-    def _send(self, x_ND: Tensor) -> Underway:
-        return send_rows(x_ND, self._counts.received, self._counts.sent, self._group.group_name)
+    def __init__(
+        self,
+        cargo: Cargo,
+        visited_PT: Tensor | None = None,
+        *,
+        num_experts: int,
+        group: dist.ProcessGroup,
+        counts: Counts,
+    ) -> None:
+        self._held = held_by(group, num_experts)
+        if visited_PT is None:
+            visited_PT = visits(cargo.experts_RK, num_experts, group.size())
+        self._map = map_visits(visited_PT, group, counts)
+        self._labels = self._map.send(cargo.weights_RK, cargo.experts_RK)
+        self._rows = self._map.send(cargo.rows_RD)
 
     def arrive(self) -> Cargo:
-        """Wait for the rows, in order of the ranks that they come from."""
-        experts_RK = self._experts.arrive().to(torch.int64)
-        return Cargo(self._rows.arrive(), experts_RK, self._weights.arrive())
+        """Wait for the rows: those of this rank, then those of the others in order of ranks."""
+        weights_RK = self._labels.arrive()
+        experts_RK = among(riders_of(self._labels.buffer, weights_RK.shape[1]), self._held)
+        return Cargo(self._rows.arrive(), experts_RK, weights_RK)
 
     def start_back(self, sums_RD: Tensor) -> Underway:
         """Begin to send one sum per row back."""
-        return send_rows(sums_RD, self._counts.sent, self._counts.received, self._group.group_name)
+        return self._map.bring_home(sums_RD)
 
     def end_back(self, parts_ND: Tensor) -> Tensor:
-        """Add up each token's parts, in order of ranks."""
-        return sum_rows(parts_ND, self._row_map)
-
-
-def visits(home_TK: Tensor, num_ranks: int) -> Tensor:
-    """Return [T, P] bool: whether token t goes to rank p, from the rank of each choice (num_ranks for none)."""
-    visited = torch.zeros(home_TK.shape[0], num_ranks + 1, dtype=torch.bool, device=home_TK.device)
-    return visited.scatter_(1, home_TK, True)[:, :num_ranks]
+        """Return the sums of each token's parts: they were added up as they arrived."""
+        return parts_ND
 
 
 @dataclass(frozen=True)
@@ -100,7 +85,9 @@ class Itinerary:
     num_assignments: int
 
 
-def plan_route(experts: Sequence[Tensor], num_experts: int, groups: Sequence[dist.ProcessGroup]) -> list[Itinerary]:
+def plan_route(
+    experts: Sequence[Tensor], visited: Sequence[Tensor], num_experts: int, groups: Sequence[dist.ProcessGroup]
+) -> list[Itinerary]:
     """Agree on how many rows each rank sends and gets on every leg, for all parts at once.
 
     A rank knows the ranks that its tokens will visit at the end, and so all that they add to the traffic of later legs.
@@ -109,10 +96,11 @@ def plan_route(experts: Sequence[Tensor], num_experts: int, groups: Sequence[dis
 
     Args:
         experts: [T, K] int64 of each part, global expert of each choice, or ``num_experts`` for none.
+        visited: [P, T] bool of each part, ranks of the first group that each token goes to.
         num_experts: experts E of a layer.
         groups: the group of each leg.
     """
-    by_part = [own_tables(experts_TK, num_experts, groups) for experts_TK in experts]
+    by_part = [own_tables(*part, num_experts, groups) for part in zip(experts, visited, strict=True)]
     tables = [torch.stack(of_parts) for of_parts in zip(*by_part, strict=True)]
     told, parts = [], len(experts)
     for group in groups:
@@ -127,15 +115,17 @@ def plan_route(experts: Sequence[Tensor], num_experts: int, groups: Sequence[dis
     return read_itineraries(numbers, [group.size() for group in groups], parts)
 
 
-def own_tables(experts_TK: Tensor, num_experts: int, groups: Sequence[dist.ProcessGroup]) -> list[Tensor]:
+def own_tables(
+    experts_TK: Tensor, visited_PT: Tensor, num_experts: int, groups: Sequence[dist.ProcessGroup]
+) -> list[Tensor]:
     """Return this rank's rows [P1], [P1, P2], ... by rank of each leg, and its assignments by rank of the last."""
-    tables, shape, num_ranks = [], [], 1
-    for group in groups:
+    shape = [groups[0].size()]
+    tables = [visited_PT.sum(dim=1)]
+    for group in groups[1:]:
         shape.append(group.size())
-        num_ranks *= group.size()
-        home_TK = experts_TK // (num_experts // num_ranks)
-        tables.append(visits(home_TK, num_ranks).sum(dim=0).view(shape))
-    return [*tables, count(home_TK, num_ranks).view(shape)]
+        num_ranks = math.prod(shape)
+        tables.append(visits(experts_TK, num_experts, num_ranks).sum(dim=1).view(shape))
+    return [*tables, count(experts_TK, num_experts).view(*shape, -1).sum(dim=-1)]
 
 
 def read_itineraries(numbers: list[int], group_sizes: Sequence[int], num_parts: int) -> list[Itinerary]:
@@ -161,19 +151,21 @@ def send_by(groups: Sequence[dist.ProcessGroup], num_experts: int, x_TD: Tensor,
         num_parts: runs of tokens that travel one after the other.
     """
     parts = split(x_TD, plan, num_parts)
-    experts = [torch.where(part.kept_TK, part.experts_TK, num_experts) for _, part in parts]
-    itineraries = decide(lambda: plan_route(experts, num_experts, groups))
+    experts = [
+        part.experts_TK if part.all_kept else torch.where(part.kept_TK, part.experts_TK, num_experts)
+        for _, part in parts
+    ]
+    visited = [visits(experts_TK, num_experts, groups[0].size()) for experts_TK in experts]
+    itineraries = decide(lambda: plan_route(experts, visited, num_experts, groups))
     journeys = []
-    for (part_TD, part), experts_TK, itinerary in zip(parts, experts, itineraries, strict=True):
+    for (part_TD, part), experts_TK, visited_PT, itinerary in zip(parts, experts, visited, itineraries, strict=True):
         first, *ahead = legs_of(itinerary, num_experts, groups)
         cargo = Cargo(part_TD, experts_TK, part.weights_TK)
-        journeys.append(Journey(first(cargo), itinerary.num_assignments, ahead))
+        journeys.append(Journey(first(cargo, visited_PT), itinerary.num_assignments, ahead))
     return Transit(journeys)
 
 
-def legs_of(
-    itinerary: Itinerary, num_experts: int, groups: Sequence[dist.ProcessGroup]
-) -> Iterator[Callable[[Cargo], RowLeg]]:
+def legs_of(itinerary: Itinerary, num_experts: int, groups: Sequence[dist.ProcessGroup]) -> Iterator[partial[RowLeg]]:
     """Yield what begins each leg; on each, fewer experts can be reached than on the last."""
     for group, counts in zip(groups, itinerary.legs, strict=True):
         yield partial(RowLeg, num_experts=num_experts, group=group, counts=counts)

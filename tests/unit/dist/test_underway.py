@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_train.dist.comm import all_to_all_rows, gather_rows_of_all, sum_rows_of_all
 from moe_train.dist.meter import METER, Meter
+from moe_train.dist.riders import riders_of
 from moe_train.dist.underway import FLIGHTS, GRADIENTS, send_rows, send_sums, send_to_all, start_rows
 from moe_train.dist.world import World
 
@@ -79,6 +80,25 @@ def check_integers_and_no_grad(world: World) -> None:
         assert not send_to_all(x_ND, size, name).arrive().requires_grad
 
 
+def check_riders(world: World) -> None:
+    """Integers come in the same collective; the gradient of the values travels alone."""
+    name, size = dist.group.WORLD.group_name, world.size
+    x_ND, riders_NM = rows(world.rank, 3), torch.arange(6).view(3, 2) + 10 * world.rank
+    METER.take_ms()
+    both = send_to_all(x_ND, size, name, riders_NM)
+    arrived_RD = both.arrive()
+    assert (METER.calls, METER.sent_bytes) == (1, size * 3 * (2 * 4 + WIDTH * 8))
+    assert torch.equal(arrived_RD, torch.cat([rows(rank, 3) for rank in range(size)]))
+    expected = torch.cat([torch.arange(6).view(3, 2) + 10 * rank for rank in range(size)])
+    assert torch.equal(riders_of(both.buffer, 2), expected)
+    (arrived_RD * torch.arange(len(arrived_RD)).unsqueeze(1)).sum().backward()
+    assert (METER.calls, METER.sent_bytes) == (2, size * 3 * (2 * 4 + 2 * WIDTH * 8))
+    assert torch.equal(
+        x_ND.grad, size * torch.arange(3.0).double().unsqueeze(1).expand(3, WIDTH) + size * 3 * world.rank
+    )
+    METER.take_ms()
+
+
 def check_forgotten(world: World) -> None:
     """What nobody waits for is let go of when the next one starts after it has arrived, its memory with it."""
     name, size = dist.group.WORLD.group_name, world.size
@@ -128,6 +148,7 @@ def checks(world: World) -> None:
         check_equal,
         check_several_at_once,
         check_integers_and_no_grad,
+        check_riders,
         check_forgotten,
         check_second_derivative_is_refused,
         check_hidden_time,

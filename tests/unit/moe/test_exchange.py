@@ -1,6 +1,10 @@
 """The exchange between ranks: equal to having all experts here, in values, gradients and cost."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,13 +17,13 @@ from moe_train.config.routing import DroplessConfig, FactorCapacityConfig
 from moe_train.dist.comm import METER, all_to_all_rows
 from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World, joined
-from moe_train.moe.exchange import AllToAllExchange, LocalExchange, PaddedExchange, exchange_for
+from moe_train.moe.exchange import AllToAllExchange, LocalExchange, PaddedExchange, exchange_for, route
 from moe_train.moe.layer import MoELayer
 
 BATCH, LENGTH, EXPERTS, TOP_K = 2, 5, 8, 2
 NUM_TOKENS = BATCH * LENGTH
-EXCHANGES_PER_FORWARD = 4
-"""Rows, expert ids and weights go out, sums come home. (The table of counts goes ahead of them, unmetered.)"""
+EXCHANGES_PER_FORWARD = 3
+"""Ids with weights and rows go out, sums come home. (The table of counts goes ahead of them, unmetered.)"""
 EXCHANGES_PER_BACKWARD = 3
 """The same way back, without the ids, which are integers."""
 PADDED_EXCHANGES = 3
@@ -118,6 +122,50 @@ def check_cost(mesh: Mesh) -> None:
     assert (METER.calls, METER.sent_bytes, METER.seconds) == (0, 0, 0.0)
 
 
+@contextmanager
+def network() -> Iterator[list[tuple[list[int], int]]]:
+    """What passes through collectives of rows: for each, the rows by rank and the bytes of a row."""
+    true, passed = dist.all_to_all_single, []
+
+    def watched(out: Tensor, own: Tensor, received: list[int], sent: list[int], **kwargs: Any) -> Any:
+        passed.append((list(sent), own[0].numel() * own.element_size() if len(own) else 0))
+        return true(out, own, received, sent, **kwargs)
+
+    with (
+        mock.patch.object(dist, "all_to_all_single", watched),
+        mock.patch.object(route, "exchange_counts", lambda table_PM, group: exchanged(true, table_PM, group)),
+    ):
+        yield passed
+
+
+def exchanged(collective: Callable[..., Any], table_PM: Tensor, group: dist.ProcessGroup) -> Tensor:
+    out_PM = torch.empty_like(table_PM)
+    collective(out_PM, table_PM.contiguous(), group=group)
+    return out_PM
+
+
+def check_network(mesh: Mesh) -> None:
+    """What a rank has for itself takes no collective, and the bytes of the others are those that the meter counts.
+
+    Choices of one token that live together make one row: all tokens to rank 0, with two experts of it or with all.
+    """
+    size, own = mesh.ep.size(), mesh.ep_rank
+    for top_k in {1, 2, EXPERTS // size}:
+        layer = layer_of(Case("all tokens to the first rank", top_k, zero_router=True), mesh, sharded=True)
+        METER.take_ms()
+        with network() as passed:
+            layer(tokens(BATCH, LENGTH)).y_BSD.sum().backward()
+        out, back = [0] * size, [0] * size
+        if own > 0:
+            out[0] = NUM_TOKENS
+        else:
+            back = [0, *(NUM_TOKENS for _ in range(1, size))]
+        assert [rows for rows, _ in passed] == [out, out, back, out, back, back], (top_k, own)
+        total_bytes = sum(sum(rows) * row_bytes for rows, row_bytes in passed)
+        assert total_bytes == METER.inside_bytes + METER.between_bytes
+        METER.take_ms()
+
+
 def check_padded_cost(mesh: Mesh) -> None:
     """The same bytes wherever tokens go: as many rows as the buffers have."""
     for zero_router in (False, True):
@@ -181,6 +229,9 @@ def check_adjoint(mesh: Mesh) -> None:
     assert torch.equal(home_ND, x_ND), "there and back is the identity, bit for bit"
 
 
+CHECKS = (check_cost, check_network, check_padded_cost, check_padded_does_not_wait, check_padded_without_limit)
+
+
 def check_layouts(world: World) -> None:
     for ep in (1, 2, 4):
         if world.size % ep == 0:
@@ -188,7 +239,7 @@ def check_layouts(world: World) -> None:
             for padded in (False, True):
                 check_equal_to_local(mesh, padded)
                 check_identity(mesh, padded)
-            for check in (check_cost, check_padded_cost, check_padded_does_not_wait, check_padded_without_limit):
+            for check in CHECKS:
                 check(mesh)
             check_adjoint(mesh)
 

@@ -3,9 +3,12 @@
 from itertools import combinations
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from moe_train.config.schema import LayoutConfig
 from moe_train.dist.mesh import Layout
+from moe_train.dist.world import World, joined
 from moe_train.moe.exchange.choose import choice_for, choose, visited
 
 
@@ -64,3 +67,15 @@ def test_the_size_of_a_node_comes_from_the_config_the_caller_or_the_launcher(mon
     assert choice_for(layout, 64, False, LayoutConfig(ep=16, node_size=8), 8, 2).node_size == 8
     assert choice_for(layout, 64, False, LayoutConfig(ep=16), 8, 2).node_size == 2
     assert choice_for(layout, 64, False, LayoutConfig(ep=16), 8).node_size == 4
+
+
+def test_gloo_gathers_slowly_and_so_sends_to_those_who_are_visited() -> None:
+    asked = Layout(2, 2), 64, 8, LayoutConfig(ep=2)
+    assert choose(*asked, False, 8).kind == "allgather"
+    choice = choose(*asked, False, 8, gathers_well=False)
+    assert (choice.kind, choice.reason) == ("alltoall", "100% of the tokens visit each of the 2 ranks of an EP group")
+    assert choice_for(Layout(2, 2), 64, False, LayoutConfig(ep=2), 8, 8).kind == "allgather", "nobody has joined yet"
+    with joined(dist.HashStore(), World(0, 1, torch.device("cpu"), 30.0)):
+        assert choice_for(Layout(2, 2), 64, False, LayoutConfig(ep=2), 8, 8).kind == "alltoall"
+        asked_for = LayoutConfig(ep=2, exchange="allgather")
+        assert choice_for(Layout(2, 2), 64, False, asked_for, 8, 8).kind == "allgather"

@@ -36,7 +36,9 @@ PARTS = (1, 3)
 MANY = 12
 """Parts of ten tokens: some are empty."""
 NODE = 2
-STARTS = {getattr(torch.ops.moe_train, name).default for name in ("start_rows", "start_gather", "start_sum")}
+STARTS = {
+    getattr(torch.ops.moe_train, name).default for name in ("start_visits", "start_return", "start_gather", "start_sum")
+}
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def plain_loop(experts: Experts, arrived: Arrived) -> Tensor:
             h_F2 = x_D @ experts.gate_up_LDF2[choice]
             if experts.gate_up_bias_LF2 is not None:
                 h_F2 = h_F2 + experts.gate_up_bias_LF2[choice]
-            out_D = activate(h_F2, experts.activation) @ experts.down_LFD[choice]
+            out_D = (activate(h_F2.unsqueeze(0), experts.activation) @ experts.down_LFD[choice]).squeeze(0)
             if experts.down_bias_LD is not None:
                 out_D = out_D + experts.down_bias_LD[choice]
             y_D = y_D + weight * out_D

@@ -40,9 +40,9 @@ def model_with(mode: Remat) -> Transformer:
     return model
 
 
-@pytest.mark.parametrize(("mode", "attended", "projected"), [("none", 2, 2), ("selective", 2, 4), ("full", 4, 4)])
+@pytest.mark.parametrize(("mode", "attended", "projected"), [("none", 2, 4), ("selective", 2, 6), ("full", 4, 6)])
 def test_selective_attends_once(mode: Remat, attended: int, projected: int) -> None:
-    """In each of two blocks, while its norm runs twice."""
+    """In each of two blocks, while its norm runs twice; the backward pass of experts makes their activations again."""
     tokens_BS, _ = PLAIN[0].batches()[0]
     with Ran() as ran:
         torch.autograd.backward(model_with(mode)(tokens_BS).logits_BSV.square().sum())

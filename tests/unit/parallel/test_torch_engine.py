@@ -1,5 +1,6 @@
 """The engine: clipping, refusal of bad gradients, and the names of its state."""
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from layouts import VOCAB, Case, rank_batches
 from part_samples import values_of
 from torch import Tensor
+from waiting import NoWaiting
 
 from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World, joined
@@ -28,11 +30,20 @@ def lone_mesh() -> Iterator[Mesh]:
         yield build_mesh(world, 1)
 
 
-def engine_on(mesh: Mesh) -> TorchEngine:
+def engine_on(mesh: Mesh, waits: bool | None = None) -> TorchEngine:
     config = CASE.config()
     exchange = exchange_for(mesh, config.model.ffn.num_experts, is_padded(config.model.ffn.capacity))
     model = CASE.prepare(build_model(config.model, VOCAB, exchange, "fp64", torch.device("cpu")))
-    return TorchEngine(model, build_optimizer(model, config.optim), mesh)
+    return TorchEngine(model, build_optimizer(model, config.optim), mesh, waits)
+
+
+def filled(engine: TorchEngine, value: float) -> Iterator[Tensor]:
+    """All gradients, with this value."""
+    engine.zero_grad()
+    engine.gradients.reduce()
+    for parameter in engine.model.parameters():
+        assert parameter.grad is not None
+        yield parameter.grad.fill_(value)
 
 
 def snapshot(engine: TorchEngine) -> dict[str, Tensor]:
@@ -46,23 +57,11 @@ def train(engine: TorchEngine, mesh: Mesh, rank: int, size: int, clip_norm: floa
         )
 
 
-def test_views_survive_steps(lone_mesh: Mesh) -> None:
-    engine = engine_on(lone_mesh)
-    before = {name: p.grad.data_ptr() for name, p in engine.model.named_parameters() if p.grad is not None}
-    train(engine, lone_mesh, 0, 1)
-    after = {name: p.grad.data_ptr() for name, p in engine.model.named_parameters() if p.grad is not None}
-    assert after == before
-    engine.gradients.dense.fill_(7.0)
-    assert engine.model.norm.weight.grad is not None
-    assert (engine.model.norm.weight.grad == 7.0).all()
-
-
 @pytest.mark.parametrize(("clip_norm", "expected"), [(None, 3.0), (100.0, 3.0), (1.5, 1.5)])
 def test_clipping(lone_mesh: Mesh, clip_norm: float | None, expected: float) -> None:
     engine = engine_on(lone_mesh)
-    count = engine.gradients.dense.numel() + engine.gradients.experts.numel()
-    engine.gradients.dense.fill_(3.0 / count**0.5)
-    engine.gradients.experts.fill_(3.0 / count**0.5)
+    count = sum(parameter.numel() for parameter in engine.model.parameters())
+    assert len(list(filled(engine, 3.0 / count**0.5)))
     assert engine.step(RATE, clip_norm).item() == pytest.approx(3.0, rel=1e-12), "the norm before clipping"
     assert engine.gradients.norm().item() == pytest.approx(expected, rel=1e-6)
 
@@ -70,8 +69,7 @@ def test_clipping(lone_mesh: Mesh, clip_norm: float | None, expected: float) -> 
 def test_the_rate_reaches_every_group(lone_mesh: Mesh) -> None:
     engine = engine_on(lone_mesh)
     before = snapshot(engine)
-    engine.gradients.dense.fill_(1.0)
-    engine.gradients.experts.fill_(1.0)
+    assert len(list(filled(engine, 1.0)))
     engine.step(0.125, None)
     for name, parameter in engine.model.named_parameters():
         # The first step of AdamW on equal gradients: the rate itself, and the decay of matrices.
@@ -85,11 +83,40 @@ def test_a_bad_gradient_changes_nothing(lone_mesh: Mesh, bad: float) -> None:
     engine = engine_on(lone_mesh)
     train(engine, lone_mesh, 0, 1)
     before = snapshot(engine)
-    engine.gradients.experts[3] = bad
+    dict(engine.model.named_parameters())["blocks.0.ffn.experts.gate_up_LDF2"].grad.view(-1)[3] = bad
     with pytest.raises(NonFiniteGradientError, match=r"blocks\.0\.ffn\.experts\.gate_up_LDF2"):
         engine.step(RATE, 1.0)
     for key, value in values_of(engine.parts()).items():
         assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("asks", ["step", "parts"])
+def test_a_bad_gradient_changes_nothing_where_the_host_does_not_wait(lone_mesh: Mesh, bad: float, asks: str) -> None:
+    """The device refuses the update; the host hears of it at the next occasion."""
+    engine = engine_on(lone_mesh, waits=False)
+    train(engine, lone_mesh, 0, 1)
+    before = snapshot(engine)
+    next(filled(engine, 1.0)).view(-1)[3] = bad
+    engine.step(RATE, 1.0)
+    with pytest.raises(NonFiniteGradientError, match="was not made"):
+        engine.step(RATE, 1.0) if asks == "step" else engine.parts()
+    for key, value in values_of(engine.parts()).items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_the_host_need_not_wait_for_the_device(lone_mesh: Mesh) -> None:
+    """Step after step, and with the same result."""
+    waiting, going_on = engine_on(lone_mesh), engine_on(lone_mesh, waits=False)
+    for engine in (waiting, going_on):
+        for value in (1.0, 1e-9, 2.0):
+            watch = NoWaiting() if engine is going_on else contextlib.nullcontext()
+            assert len(list(filled(engine, value)))
+            engine.settle()  # which on a device waits for the step before, not for this one
+            with watch:
+                engine.step(RATE, None)
+    for key, value in values_of(going_on.parts()).items():
+        assert torch.equal(value, values_of(waiting.parts())[key]), key
 
 
 def test_state_has_the_same_keys_at_every_step(lone_mesh: Mesh) -> None:

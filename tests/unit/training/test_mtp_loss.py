@@ -10,11 +10,11 @@ from layouts import BOUNDARY, VOCAB, Case, rank_batches
 from torch import Tensor
 
 from moe_train.dist.mesh import Mesh
-from moe_train.models.transformer import ModelOutput, Transformer
+from moe_train.models.transformer import ModelLosses, Transformer
 from moe_train.moe.context import RoutingContext
-from moe_train.ops.loss import IGNORE
+from moe_train.ops.loss import IGNORE, cross_entropy_sum
 from moe_train.parallel.engine import TorchEngine
-from moe_train.training.mtp import labels_ahead, mtp_loss
+from moe_train.training.mtp import MTPLoss, labels_ahead, mtp_labels, mtp_loss
 from moe_train.training.optim import build_optimizer
 from moe_train.training.step import StepSettings, train_step
 
@@ -78,6 +78,14 @@ def test_a_document_that_ends_stops_all_predictions_beyond_it() -> None:
     assert labels_ahead(row, 1, None).tolist() == [[2, end, 3, 4, 1, IGNORE, IGNORE]]
 
 
+def loss_of(logits: list[Tensor], labels_BS: Tensor, boundary: int | None) -> MTPLoss:
+    """What the modules lose by these logits, after those of the model."""
+    later = mtp_labels(labels_BS, len(logits) - 1, boundary)
+    pairs = zip(logits, [labels_BS, *later], strict=True)
+    sums = [cross_entropy_sum(logits_BSV.flatten(0, 1), targets_BS.flatten()) for logits_BSV, targets_BS in pairs]
+    return mtp_loss(ModelLosses(tuple(sums), ()), later)
+
+
 @settings(max_examples=40, deadline=None)
 @given(labels(), st.integers(0, 3), st.sampled_from([BOUNDARY, None]), st.integers(0, 1000))
 def test_the_loss_is_a_plain_sum(labels_BS: Tensor, modules: int, boundary: int | None, seed: int) -> None:
@@ -91,7 +99,7 @@ def test_the_loss_is_a_plain_sum(labels_BS: Tensor, modules: int, boundary: int 
                 if label != IGNORE:
                     total -= logits_BSV[b, i].softmax(0)[label].log().item()
                     targets += 1
-    found = mtp_loss(ModelOutput(torch.zeros(*labels_BS.shape, VOCAB), (), tuple(logits)), labels_BS, boundary)
+    found = loss_of([torch.zeros(*labels_BS.shape, VOCAB), *logits], labels_BS, boundary)
     assert found.loss_sum.item() == pytest.approx(total, rel=1e-12)
     assert (found.targets.item(), found.modules) == (targets, modules)
     assert found.mean_sum.item() == pytest.approx(total / max(modules, 1), rel=1e-12)
@@ -100,7 +108,7 @@ def test_the_loss_is_a_plain_sum(labels_BS: Tensor, modules: int, boundary: int 
 
 def test_bf16_logits_are_summed_in_fp32() -> None:
     logits_BSV = torch.zeros(1, 4, VOCAB, dtype=torch.bfloat16)
-    found = mtp_loss(ModelOutput(logits_BSV, (), (logits_BSV,)), torch.zeros(1, 4, dtype=torch.int64), None)
+    found = loss_of([logits_BSV, logits_BSV], torch.zeros(1, 4, dtype=torch.int64), None)
     assert found.loss_sum.dtype == torch.float32
     assert found.loss_sum.item() == pytest.approx(3 * torch.tensor(float(VOCAB)).log().item(), rel=1e-6)
 
@@ -111,7 +119,7 @@ def test_the_last_places_have_no_target_and_no_gradient() -> None:
     for logits_BSV in output.mtp_logits:
         logits_BSV.retain_grad()
     labels_BS = torch.cat([tokens_BS[:, 1:], torch.full((3, 1), IGNORE)], dim=1)
-    found = mtp_loss(output, labels_BS, None)
+    found = loss_of([output.logits_BSV, *output.mtp_logits], labels_BS, None)
     found.loss_sum.backward()
     assert found.targets == 3 * (6 + 5)  # of eight tokens the third, or the fourth, is the first that a module predicts
     for k, logits_BSV in enumerate(output.mtp_logits):
@@ -172,7 +180,7 @@ def test_the_step_reports_nats_per_predicted_token(lone_mesh: Mesh) -> None:
     case = Case("figure", (*TWO, *OFF), padding="uneven")
     model, (tokens_BS, labels_BS) = case.whole_model(), case.batches()[0]
     output = model(tokens_BS, replace(RoutingContext.of(tokens_BS), valid_BS=labels_BS != IGNORE))
-    expected = mtp_loss(output, labels_BS, BOUNDARY)
+    expected = loss_of([output.logits_BSV, *output.mtp_logits], labels_BS, BOUNDARY)
     engine = TorchEngine(model, build_optimizer(model, case.config().optim), lone_mesh)
     tokens = int((labels_BS != IGNORE).sum())
     step = StepSettings(1e-2, None, seed=0, mtp_coef=0.7, boundary_id=BOUNDARY)

@@ -16,7 +16,7 @@ from moe_train.models.transformer import Transformer
 from moe_train.moe.balance import RoutingRecord
 from moe_train.moe.context import RoutingContext
 from moe_train.ops.loss import cross_entropy_sum
-from moe_train.training.mtp import mtp_loss
+from moe_train.training.mtp import mtp_labels, mtp_loss
 from moe_train.training.tally import Tally, pack, total_statistics, unpack
 
 
@@ -155,9 +155,9 @@ def test_the_loss_of_multi_token_prediction_is_a_mean_over_what_its_modules_pred
     for parts in (1, 2):
         tally = Tally(model.moe_layers)
         for rows in torch.arange(len(tokens_BS)).chunk(parts):
-            output = model(tokens_BS[rows], RoutingContext(tokens_BS[rows], rows))
-            loss_sum = cross_entropy_sum(output.logits_BSV.flatten(0, 1), labels_BS[rows].flatten())
-            tally.add(loss_sum, output.records, mtp_loss(output, labels_BS[rows], boundary_id=None))
+            later = mtp_labels(labels_BS[rows], 2, boundary_id=None)
+            losses = model(tokens_BS[rows], RoutingContext(tokens_BS[rows], rows), [labels_BS[rows], *later])
+            tally.add(losses.loss_sums[0], losses.records, mtp_loss(losses, later))
         figures.append(tally.measure(tokens_BS.numel(), lone_mesh))
     output = model(tokens_BS)
     sums = [
