@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ def measure(variants: Mapping[str, Timed], rounds: int, warmup: int) -> Measured
     measured: dict[str, list[float]] = {name: [] for name in going}
     failures: dict[str, str] = {}
     for turn in range(warmup + rounds):
+        tell(turn + 1, warmup + rounds, len(going))
         for name in turned(going, turn):
             try:
                 ms = variants[name].run_ms()
@@ -133,6 +135,15 @@ def interleave(variants: Mapping[str, Timed], rounds: int, warmup: int) -> dict[
     if measured.failures:
         raise VariantError("; ".join(f"{name}: {why}" for name, why in measured.failures.items()))
     return measured.times
+
+
+def tell(turn: int, turns: int, variants: int) -> None:
+    """Say how far it is: each round in the same line of a terminal, elsewhere the first one only."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\rround {turn} of {turns}, {variants} variants " + ("\n" if turn == turns else ""))
+    elif turn == 1:
+        sys.stderr.write(f"timing {variants} variants in {turns} rounds\n")
+    sys.stderr.flush()
 
 
 def turned(names: Sequence[str], turn: int) -> list[str]:

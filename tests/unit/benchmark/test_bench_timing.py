@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 import pytest
@@ -84,3 +85,15 @@ def test_interleave_names_all_that_failed() -> None:
 
 def test_here_measures_milliseconds() -> None:
     assert 20.0 <= Here(lambda: time.sleep(0.02)).run_ms() < 2000.0
+
+
+def test_it_says_how_far_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = {"a": Here(lambda: None), "b": Here(lambda: None)}
+    interleave(variants, 2, 1)
+    assert capsys.readouterr().err == "timing 2 variants in 3 rounds\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    interleave(variants, 2, 1)
+    assert capsys.readouterr().err.split("\r")[1:] == [
+        *(f"round {turn} of 3, 2 variants " for turn in (1, 2)),
+        "round 3 of 3, 2 variants \n",
+    ]

@@ -9,8 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
-from moe_train.config import attention, graph, model, routing, schema
+from moe_train.config import attention, bench, graph, model, routing, schema
 from moe_train.config.base import Strict
+from moe_train.config.bench import BenchConfig
 from moe_train.config.compose import compose_config
 from moe_train.config.groups import config_dir, options_of
 from moe_train.config.schema import (
@@ -30,6 +31,7 @@ PRIMARY: dict[str, tuple[type[BaseModel], list[str]]] = {
     "generate": (GenerateConfig, ["run.dir=x", "prompt=hello"]),
     "report": (ReportConfig, ["run.dir=x"]),
     "export": (ExportConfig, ["run.dir=x", "to=y"]),
+    "bench": (BenchConfig, []),
 }
 """The files of the commands, with what must be given on the command line."""
 FILES = sorted(path.relative_to(config_dir()) for path in config_dir().rglob("*.yaml"))
@@ -50,9 +52,9 @@ def compose(name: str, *overrides: str) -> BaseModel:
 
 
 def composed_with(path: Path) -> BaseModel:
-    """The configuration of a training with the option that a file is."""
+    """The configuration of a training, or of its own command, with the option that a file is."""
     group = path.parent.as_posix()
-    return compose("train", *NEEDS.get(group, ()), f"{group}={path.stem}")
+    return compose("bench" if group == "bench" else "train", *NEEDS.get(group, ()), f"{group}={path.stem}")
 
 
 def leaves(mapping: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -136,7 +138,7 @@ def test_no_file_repeats_a_default(path: Path) -> None:
 
 SECTIONS = [
     value
-    for module in (schema, model, attention, graph, routing)
+    for module in (schema, model, attention, graph, routing, bench)
     for value in vars(module).values()
     if isinstance(value, type) and issubclass(value, Strict) and value.__module__ == module.__name__
 ]

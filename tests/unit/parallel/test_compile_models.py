@@ -17,6 +17,7 @@ from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World, joined
 from moe_train.models.transformer import Transformer
 from moe_train.moe.balance import RoutingRecord
+from moe_train.ops.pointwise import fused
 from moe_train.parallel.compile import apply_compile, static_parts
 from moe_train.parallel.remat import Remat, apply_remat
 
@@ -103,6 +104,20 @@ def test_no_graph_more_when_loads_change(mode: Remat, mesh: Mesh) -> None:
     apply_compile(model, QUICK)
     apply_remat(model, mode)
     check_growth(model)
+
+
+def test_no_kernel_more_in_twenty_steps_of_changing_loads(mesh: Mesh) -> None:
+    """Each marked function settles after a few sizes: how many rows an expert gets is another number in each step."""
+    model = model_of(CASE, mesh, "fp32")
+    loads, grown = [], []
+    with fused(QUICK):
+        for step in range(20):
+            loads.append(learn(model, tokens(3 + step % 3, 8, seed=step)))
+            grown.append(graphs())
+    assert len({tuple(load.tolist()) for load in loads}) > 10, "the loads of the experts did not change"
+    assert grown[0] > 0, "nothing was fused"
+    assert grown[-1] == grown[4], grown
+    assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

@@ -43,11 +43,3 @@ def test_remat_cost_compares_every_mode() -> None:
     _, *rows = rows_of("remat_cost", *small)
     assert [row[1] for row in rows] == ["none", "selective", "full"]
     assert float(rows[1][-1]) < 1.0 and float(rows[2][-1]) < 1.0, "of the peak memory"
-
-
-@pytest.mark.slow
-def test_exchange_cost_compares_exchanges_and_parts() -> None:
-    small = ["--ranks", "2", "--kinds", "alltoall", "allgather", "--parts", "1", "2", "--tokens", "256", "--dim", "16"]
-    small += ["--hidden", "16", "--experts", "4", "--top-k", "2", "--repeats", "1"]
-    rows = [row for row in rows_of("exchange_cost", *small) if row[0] in ("alltoall", "allgather")]
-    assert [row[:2] for row in rows] == 2 * [[kind, parts] for kind in ("alltoall", "allgather") for parts in "12"]
