@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -50,13 +51,19 @@ class Dies:
         os._exit(3)
 
 
+class Killed:
+    def run_ms(self) -> float:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0.0
+
+
 def build(arguments: dict[str, Any]) -> dict[str, Any]:
     """Build what ``variants`` lists: name and ms, or one of the ways to fail; an environment variable adds to times."""
     print("a library says something")
     sys.stderr.write("x" * arguments.get("noise", 0))
     if "refuses" in arguments:
         raise RuntimeError(arguments["refuses"])
-    ways = {"fails": Fails, "hangs": Hangs, "dies": Dies}
+    ways = {"fails": Fails, "hangs": Hangs, "dies": Dies, "killed": Killed}
     extra_ms = float(os.environ.get("EXTRA_MS", "0"))
     made: dict[str, Any] = {
         name: ways[ms]() if isinstance(ms, str) else Pretended(ms + extra_ms)

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -148,6 +149,8 @@ class Worker:
         status = self._process.wait()
         self._errors.seek(0)
         told = last_line(self._errors.read().decode(errors="replace"))
+        if status == -signal.SIGKILL:  # nobody here sends it before the end
+            told = "killed, as the system does when memory runs out: time fewer variants at once"
         return f"{task}: {told or f'ended with status {status}'}"
 
 

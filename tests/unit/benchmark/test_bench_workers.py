@@ -79,6 +79,14 @@ def test_last_words_of_a_worker_that_died_are_told() -> None:
             Together((worker,), "dies").run_ms()
 
 
+def test_a_killed_worker_says_what_it_may_mean() -> None:
+    """Ten processes with a model each did not fit into memory, and the table said "ended with status -9"."""
+    with Worker(MADE, arguments(killed="killed"), REACHABLE, timeout_s=60) as started:
+        started.ready()
+        with pytest.raises(WorkerError, match="killed: killed, as the system does when memory runs out"):
+            Together((started,), "killed").run_ms()
+
+
 def test_a_worker_that_hangs_is_given_up() -> None:
     with Worker(MADE, arguments(hangs="hangs"), REACHABLE, timeout_s=60) as worker:
         worker.ready()
