@@ -1,6 +1,6 @@
 """Draws what a layer costs per token against experts, tokens, length and EP size.
 
-Usage: python scripts/bench_picture.py [bench/scaling.json] [docs/scaling.png]
+Usage: python scripts/bench_picture.py [bench/scaling.json] [docs/cost_curves.png]
 
 Reads what ``python -m moe_train.bench bench=scaling`` writes. A point is the median over the rounds of the quotient
 within a round, its bar reaches from the smallest to the largest; the filled point is what the others are relative to.
@@ -114,7 +114,7 @@ def fill_of(point: Point) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Read, and write the picture."""
-    source, picture = [*arguments, *("bench/scaling.json", "docs/scaling.png")[len(arguments) :]]
+    source, picture = [*arguments, *("bench/scaling.json", "docs/cost_curves.png")[len(arguments) :]]
     draw(curves_of(json.loads(Path(source).read_text(encoding="utf-8"))), Path(picture))
 
 

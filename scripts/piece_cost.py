@@ -81,8 +81,8 @@ def blocks() -> Iterator[Piece]:
         up, down = leaf(experts, DIM, 2 * width, dtype=torch.float32), leaf(experts, width, DIM, dtype=torch.float32)
         networks = Networks(up, down, None, None, "swiglu")
         forms: dict[str, tuple[int, HowExperts]] = {
-            "2048 rows": (2048, "loop"), "one expert": (1, "loop"), "512 rows": (512, "loop"),
-            "8192 rows": (8192, "loop"), "all rows": (10**9, "loop"), "bmm, all rows": (10**9, "bmm"),
+            "8192 rows": (8192, "loop"), "one expert": (1, "loop"), "512 rows": (512, "loop"),
+            "2048 rows": (2048, "loop"), "all rows": (10**9, "loop"), "bmm": (8192, "bmm"),
         }  # fmt: skip
         kept = forms if not skewed else {name: form for name, form in forms.items() if "bmm" not in name}
         leaves = [x_TD, weights_TK, up, down]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from moe_train.ops.loss import IGNORE, cross_entropy_sum
 from moe_train.ops.pointwise import pointwise
 
-ROWS = 64
+ROWS = 256
 """Rows of logits whose softmax is taken at one time where nothing is compiled: few enough to stay in a core's cache."""
 
 
@@ -100,13 +100,16 @@ def losses_to_gradients(scores_CV: Tensor, labels_C: Tensor) -> Tensor:
 @pointwise
 def rows_to_gradients(scores_RV: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor]:
     """Return the summed loss of rows of logits, and softmax - one-hot for those that have a label, else zeros."""
-    log_shares_RV = scores_RV.to(precise(scores_RV.dtype)).log_softmax(dim=-1)
     has_label_R1 = (labels_R != IGNORE).unsqueeze(1)
     places_R1 = labels_R.clamp(min=0).unsqueeze(1)
-    loss = -(log_shares_RV.gather(1, places_R1) * has_label_R1).sum()
-    shares_RV = log_shares_RV.exp()
-    is_label_RV = torch.arange(scores_RV.shape[1], device=scores_RV.device) == places_R1
-    return loss, ((shares_RV - is_label_RV.to(shares_RV.dtype)) * has_label_R1).to(scores_RV.dtype)
+    dtype = precise(scores_RV.dtype)
+    top_R1, top_places_R1 = scores_RV.max(dim=-1, keepdim=True)
+    shares_RV = scores_RV.softmax(dim=-1, dtype=dtype)
+    # The largest share is at least 1/V, so that its logarithm loses nothing; torch's exp of all logits would be slow.
+    totals_R1 = top_R1.to(dtype) - shares_RV.gather(1, top_places_R1).log()
+    loss = ((totals_R1 - scores_RV.gather(1, places_R1)) * has_label_R1).sum()
+    shares_RV.scatter_add_(1, places_R1, shares_RV.new_full((), -1.0).expand(places_R1.shape))
+    return loss, shares_RV.mul_(has_label_R1).to(scores_RV.dtype)
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:

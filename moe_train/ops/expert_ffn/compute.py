@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,12 @@ from moe_train.ops.expert_ffn.networks import Networks, expert_ffn_reference
 from moe_train.ops.expert_ffn.segments import Segments, counts_of, exact_segments, filled_up, round_up
 from moe_train.ops.grouped_gemm import BatchedProducts, GroupedProducts, LoopProducts, Products
 
-BLOCK_ROWS = 2048
-"""Rows after which a block ends on a CPU: measured; half and double of it lose a few percent (docs/performance.md)."""
+BLOCK_ROWS = 8192
+"""Rows after which a block of the loop ends on a CPU: measured; smaller ones lose up to a tenth, larger ones gain
+nothing and need more memory (docs/performance.md)."""
+WORTH_PADDING = 1.3
+"""On a CPU one batched product of halves beats the loop by up to as much (docs/performance.md): it may have so many
+times the experts' rows."""
 HALVES = (torch.bfloat16, torch.float16)
 """Dtypes for which accelerators have a product for groups."""
 BUILT_BY_SHAPE = HALVES
@@ -48,7 +54,7 @@ def expert_ffn(
         return expert_ffn_reference(rows_RD, experts_RK, weights_RK, networks)
     counts_L = counts_of(experts_RK, networks.num_held)
     segments = exact_segments(experts_RK, networks.num_held, num_assignments)
-    segments, products = lay_out(segments, counts_L, method, rows_RD, experts_RK.numel())
+    segments, products = lay_out(segments, counts_L, method, rows_RD, experts_RK.numel(), compute == "auto")
     parameters = (networks.up_LDF, networks.down_LFD, networks.up_bias_LF, networks.down_bias_LD)
     how = How(networks.activation, products)
     sums_RD: Tensor = ExpertFFN.apply(rows_RD, weights_RK, *parameters, segments, how)  # type: ignore[no-untyped-call]
@@ -58,8 +64,8 @@ def expert_ffn(
 def choose(rows_RD: Tensor, compute: Compute) -> Compute:
     """Return the method for these rows, given what is asked for.
 
-    auto: groups where torch has a kernel for them, else the loop: on a CPU no load makes batches quicker. Where torch's
-    product for groups does not know the dtype, those who ask for it get the loop too.
+    auto: groups where torch has a kernel for them, else the loop, for which `lay_out` may take a batch when it knows
+    the load. Where torch's product for groups does not know the dtype, those who ask for it get the loop too.
     """
     on_cpu, is_half = rows_RD.device.type == "cpu", rows_RD.dtype in HALVES
     if compute == "auto":
@@ -68,8 +74,13 @@ def choose(rows_RD: Tensor, compute: Compute) -> Compute:
     return "loop" if compute == "grouped_mm" and not can_group else compute
 
 
+def is_even(counts: Sequence[int], size: int) -> bool:
+    """Return whether all experts may be padded to one size; one that is idle would copy a token that is not its own."""
+    return min(counts) > 0 and len(counts) * size <= WORTH_PADDING * sum(counts)
+
+
 def lay_out(
-    segments: Segments, counts_L: Tensor, method: Compute, rows_RD: Tensor, num_choices: int
+    segments: Segments, counts_L: Tensor, method: Compute, rows_RD: Tensor, num_choices: int, by_load: bool = False
 ) -> tuple[Segments, Products]:
     """Return the rows as a method wants them, and the method.
 
@@ -79,17 +90,19 @@ def lay_out(
         method: loop, bmm or grouped_mm.
         rows_RD: [R, D] tokens.
         num_choices: R · K.
+        by_load: whether the loop may become a batch.
     """
     if method == "grouped_mm":
         return segments, GroupedProducts(counts_L, segments.num_rows)
     on_cpu = rows_RD.device.type == "cpu"
     counts = counts_L.tolist()
     sizes = [round_up(n) for n in counts] if on_cpu and rows_RD.dtype in BUILT_BY_SHAPE else counts
+    if by_load and on_cpu and rows_RD.dtype in HALVES and is_even(counts, max(sizes)):
+        method = "bmm"
     if method == "bmm":
         sizes = [max(sizes)] * len(sizes)
     if sizes != counts:
         segments = filled_up(segments, counts_L, sizes, num_choices)
-    block_rows = BLOCK_ROWS if on_cpu else max(1, segments.num_rows)
     if method == "bmm":
-        return segments, BatchedProducts(len(sizes), sizes[0], block_rows)
-    return segments, LoopProducts(sizes, block_rows)
+        return segments, BatchedProducts(len(sizes), sizes[0], block_rows=max(1, segments.num_rows))
+    return segments, LoopProducts(sizes, BLOCK_ROWS if on_cpu else max(1, segments.num_rows))

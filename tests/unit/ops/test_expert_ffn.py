@@ -13,7 +13,10 @@ from moe_train.config.model import Activation, Compute
 from moe_train.ops.activation import inner_width
 from moe_train.ops.expert_ffn import compute as door
 from moe_train.ops.expert_ffn import expert_ffn_reference
+from moe_train.ops.expert_ffn.compute import lay_out
 from moe_train.ops.expert_ffn.function import saved_bytes
+from moe_train.ops.expert_ffn.segments import exact_segments
+from moe_train.ops.grouped_gemm import BatchedProducts, LoopProducts
 
 BUSY = [[0, 1], [1, 2], [2, 0], [0, 3], [3, 3], [1, 0]]
 IDLE = [[0, 2], [2, 0], [0, 3]]
@@ -194,3 +197,23 @@ def test_nothing_is_kept_aside() -> None:
 def test_methods_by_device_and_dtype(compute: Compute, device: str, dtype: torch.dtype, expected: str) -> None:
     """The device meta stands for any that is no CPU."""
     assert door.choose(torch.empty(1, DIM, dtype=dtype, device=device), compute) == expected
+
+
+@pytest.mark.parametrize(
+    ("counts", "dtype", "by_load", "kind"),
+    [
+        ([64, 64, 60, 50], torch.bfloat16, True, BatchedProducts),
+        ([64, 64, 60, 50], torch.bfloat16, False, LoopProducts),
+        ([64, 64, 60, 50], torch.float32, True, LoopProducts),
+        ([64, 10, 10, 10], torch.bfloat16, True, LoopProducts),
+        ([0, 0, 0, 0], torch.bfloat16, True, LoopProducts),
+        ([64, 64, 64, 0], torch.bfloat16, True, LoopProducts),
+    ],
+)
+def test_a_batch_where_padding_is_cheap(counts: list[int], dtype: torch.dtype, by_load: bool, kind: type) -> None:
+    experts_RK = torch.repeat_interleave(torch.arange(4), torch.tensor(counts)).unsqueeze(1)
+    segments = exact_segments(experts_RK, 4, len(experts_RK))
+    rows_RD = torch.zeros(len(experts_RK), DIM, dtype=dtype)
+    found, products = lay_out(segments, torch.tensor(counts), "loop", rows_RD, experts_RK.numel(), by_load)
+    assert isinstance(products, kind)
+    assert found.num_rows == sum(block.rows.stop - block.rows.start for block in products.blocks())
