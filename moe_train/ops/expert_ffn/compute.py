@@ -17,8 +17,10 @@ BLOCK_ROWS = 8192
 """Rows after which a block of the loop ends on a CPU: measured; smaller ones lose up to a tenth, larger ones gain
 nothing and need more memory (docs/performance.md)."""
 WORTH_PADDING = 1.3
-"""On a CPU one batched product of halves beats the loop by up to as much (docs/performance.md): it may have so many
-times the experts' rows."""
+"""On a CPU one batched product of halves beats a loop of small ones by up to as much (docs/performance.md): it may have
+so many times the experts' rows."""
+FEW_ROWS = 384
+"""Rows of the fullest expert up to which products are small; with 465 and with 1,100 a batch was no quicker."""
 HALVES = (torch.bfloat16, torch.float16)
 """Dtypes for which accelerators have a product for groups."""
 BUILT_BY_SHAPE = HALVES
@@ -75,8 +77,8 @@ def choose(rows_RD: Tensor, compute: Compute) -> Compute:
 
 
 def is_even(counts: Sequence[int], size: int) -> bool:
-    """Return whether all experts may be padded to one size; one that is idle would copy a token that is not its own."""
-    return min(counts) > 0 and len(counts) * size <= WORTH_PADDING * sum(counts)
+    """Return whether all experts are better padded to one size; one that is idle would copy another's token."""
+    return min(counts) > 0 and size <= FEW_ROWS and len(counts) * size <= WORTH_PADDING * sum(counts)
 
 
 def lay_out(

@@ -206,6 +206,7 @@ def test_methods_by_device_and_dtype(compute: Compute, device: str, dtype: torch
         ([64, 64, 60, 50], torch.bfloat16, False, LoopProducts),
         ([64, 64, 60, 50], torch.float32, True, LoopProducts),
         ([64, 10, 10, 10], torch.bfloat16, True, LoopProducts),
+        ([400, 400, 400, 400], torch.bfloat16, True, LoopProducts),
         ([0, 0, 0, 0], torch.bfloat16, True, LoopProducts),
         ([64, 64, 64, 0], torch.bfloat16, True, LoopProducts),
     ],
