@@ -31,13 +31,13 @@ from moe_train.training.setup import build_run
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a machine may be busy
 FEW, MANY = Shape(experts=8, top_k=2, expert_dim=1024), Shape(experts=64, top_k=6, expert_dim=192)
 LOWEST = {
-    (shape_label(FEW), "balanced"): 0.5,
-    (shape_label(FEW), "zipf"): 0.5,
-    (shape_label(MANY), "balanced"): 0.35,
-    (shape_label(MANY), "zipf"): 0.35,
+    (shape_label(FEW), "balanced"): 0.4,
+    (shape_label(FEW), "zipf"): 0.4,
+    (shape_label(MANY), "balanced"): 0.2,
+    (shape_label(MANY), "zipf"): 0.2,
 }
-"""Speed of the layer relative to the dense network of equal active FLOPs: 0.5 to 0.6 of what was measured on a busy
-machine when the bound was set."""
+"""Speed of the layer relative to the dense network of equal active FLOPs: half to a third of what was measured, for a CPU
+with quicker products loses more of a dense layer's speed. Rows padded to the fullest expert would give 0.1."""
 MOST_WAIT, MOST_LOGGING = 0.05, 1.25
 """Share of a step that waits for data; steps that are recorded relative to those that are not."""
 SCRIPT = Path(__file__).parents[2] / "scripts" / "logging_cost.py"
