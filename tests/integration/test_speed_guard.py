@@ -36,8 +36,8 @@ LOWEST = {
     (shape_label(MANY), "balanced"): 0.2,
     (shape_label(MANY), "zipf"): 0.2,
 }
-"""Speed of the layer relative to the dense network of equal active FLOPs: half to a third of what was measured, for a CPU
-with quicker products loses more of a dense layer's speed. Rows padded to the fullest expert would give 0.1."""
+"""Speed of the layer relative to the dense network of equal active FLOPs: half to a third of what was measured, for a
+CPU with quicker products loses more of a dense layer's speed. Rows padded to the fullest expert would give 0.1."""
 MOST_WAIT, MOST_LOGGING = 0.05, 1.25
 """Share of a step that waits for data; steps that are recorded relative to those that are not."""
 SCRIPT = Path(__file__).parents[2] / "scripts" / "logging_cost.py"
