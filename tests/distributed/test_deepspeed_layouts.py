@@ -62,7 +62,7 @@ def test_every_stage_and_ep_size_equals_torch(world_size: int) -> None:
 def test_every_stage_equals_torch_on_hard_cases(case) -> None:
     # With a small eps Adam makes a step of every gradient, also of one that is nothing but rounding: some of these
     # cases then move torch's own norm by 3e-5 from one layout to another.
-    keys = (*ROUTERS, "train.clip_norm=0.01", "optim.eps=1e-3")
+    keys = (*ROUTERS, "train.clip_norm=0.01", "optim.eps=1e-2")
     ep = 4 if case.config().model.ffn.num_experts else 1
     check_equal(
         4,
