@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from moe_train.config.balance import AuxLossConfig, BalanceConfig, ZLossConfig
 from moe_train.config.model import FFNConfig, ModelConfig
-from moe_train.config.routing import AuxLossConfig, BalanceConfig, FactorCapacityConfig, TopKRouterConfig, ZLossConfig
+from moe_train.config.routing import FactorCapacityConfig, TopKRouterConfig
 from moe_train.models.build import build_moe
 from moe_train.models.initialise import initialise
 from moe_train.moe.balance import RoutingRecord

@@ -186,6 +186,10 @@ class Watched:
         """How all tokens reach all experts."""
         return self.inner.dense
 
+    def for_experts(self, num_experts: int) -> Exchange:
+        """Return the exchange of a layer with so many experts, which counts nothing."""
+        return self.inner.for_experts(num_experts)
+
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Transit:
         """Send the tokens off, and count where to."""
         if self.watches:

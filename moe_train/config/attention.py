@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from moe_train.config.base import Strict
+from moe_train.config.base import Fraction, Strict
 
 
 class YarnConfig(Strict):
@@ -99,4 +99,25 @@ class LatentConfig(RotaryConfig):
     """Width of a head's value."""
 
 
-AttentionConfig: TypeAlias = Annotated[GroupedQueryConfig | LatentConfig, Field(discriminator="kind")]
+class SwitchHeadConfig(RotaryConfig):
+    """Few heads whose values and outputs are made by experts: SwitchHead (arXiv 2312.07987)."""
+
+    kind: Literal["switchhead"] = "switchhead"
+    """Kind of attention."""
+    head_dim: PositiveInt | None = None
+    """Width of a head; null: model.dim / model.heads."""
+    experts: PositiveInt = 4
+    """Experts of each head, as many for its values as for its outputs."""
+    top_k: PositiveInt = 2
+    """Of these, how many a token takes on either side."""
+    expert_dropout: Fraction = 0.0
+    """Chance that an expert is not offered to a token in training; it affects the choice, not the weights."""
+    scale: PositiveFloat = 1.0
+    """Multiplies the experts' weights."""
+    entropy: NonNegativeFloat = 0.0
+    """Weight of the routers' entropy regulariser relative to the cross-entropy per token (balance.entropy)."""
+
+
+AttentionConfig: TypeAlias = Annotated[
+    GroupedQueryConfig | LatentConfig | SwitchHeadConfig, Field(discriminator="kind")
+]

@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from moe_train.config.attention import AttentionConfig, GroupedQueryConfig
+from moe_train.config.balance import BalanceConfig
 from moe_train.config.base import Strict
+from moe_train.config.depth import DepthConfig, FullDepthConfig
 from moe_train.config.graph import GraphConfig
-from moe_train.config.routing import BalanceConfig, CapacityConfig, DroplessConfig, RouterConfig, TopKRouterConfig
+from moe_train.config.routing import CapacityConfig, DroplessConfig, RouterConfig, TopKRouterConfig
 
 Activation: TypeAlias = Literal["swiglu", "geglu", "gelu", "relu", "swiglu_clamped"]
 """What stands between the two projections of a feed-forward network; those in -glu have a gate."""
@@ -36,6 +38,9 @@ class FFNConfig(Strict):
     """Activation of the experts; null: that of the dense layers."""
     expert_bias: bool = False
     """Whether both projections of an expert have a bias (gpt-oss)."""
+    num_noop_experts: NonNegativeInt = 0
+    """Further experts that do nothing: a token may choose to pass the experts by, wholly or in part (integrated
+    Mixture-of-Depths-and-Experts, arXiv 2404.02258, section 4.5)."""
     num_shared_experts: NonNegativeInt = 0
     """Experts that every token visits, summed (one network of that multiple of their width)."""
     shared_dim: PositiveInt | None = None
@@ -116,6 +121,8 @@ class ModelConfig(Strict):
     """Attention."""
     ffn: FFNConfig = FFNConfig()
     """Feed-forward layers and experts."""
+    depth: DepthConfig = FullDepthConfig()
+    """Which tokens pass which blocks."""
     mtp: MTPConfig = MTPConfig()
     """Multi-token prediction."""
 

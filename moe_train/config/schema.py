@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from moe_train.config.base import Fraction, Strict
+from moe_train.config.inference import InferenceConfig
 from moe_train.config.model import ModelConfig
 
 
@@ -250,6 +251,8 @@ class EvaluateConfig(Strict):
     """How much of the held-out split; null: all of it."""
     parallel: LayoutConfig = LayoutConfig()
     """Layout over ranks; need not be that of the training."""
+    inference: InferenceConfig = InferenceConfig()
+    """How the model is run."""
     checkpoint: str = "latest"
     """latest, or the path of a checkpoint."""
 
@@ -265,6 +268,8 @@ class GenerateConfig(Strict):
     """How text is generated."""
     parallel: LayoutConfig = LayoutConfig()
     """Layout over ranks; need not be that of the training."""
+    inference: InferenceConfig = InferenceConfig()
+    """How the model is run."""
     checkpoint: str = "latest"
     """latest, or the path of a checkpoint."""
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from moe_train.config.balance import AuxLossConfig, BalanceConfig
 from moe_train.config.model import FFNConfig, ModelConfig
-from moe_train.config.routing import AuxLossConfig, BalanceConfig, CapacityConfig, DroplessConfig, RouterConfig
+from moe_train.config.routing import CapacityConfig, DroplessConfig, RouterConfig
 from moe_train.models.initialise import initialise
 from moe_train.models.modules import FeedForward
 from moe_train.moe.balance import Balance

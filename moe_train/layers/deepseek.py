@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moe_train.config.routing import AuxLossConfig, TopKRouterConfig
+from moe_train.config.balance import AuxLossConfig
+from moe_train.config.routing import TopKRouterConfig
 from moe_train.layers.arguments import at_most, check, divides, not_negative, positive
 from moe_train.layers.base import Layer, layer_config
 

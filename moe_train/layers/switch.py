@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moe_train.config.routing import AuxLossConfig, FactorCapacityConfig, SwitchRouterConfig
+from moe_train.config.balance import AuxLossConfig
+from moe_train.config.routing import FactorCapacityConfig, SwitchRouterConfig
 from moe_train.layers.arguments import check, not_negative, positive
 from moe_train.layers.base import Layer, layer_config
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_train.config.attention import GroupedQueryConfig, LatentConfig
 from moe_train.config.model import ModelConfig
+from moe_train.models.memory import Memory
 from moe_train.moe.modules import Linear, RMSNorm
 from moe_train.moe.roles import Kind, Role
 from moe_train.ops.attention import causal_attention
@@ -21,8 +22,11 @@ LATENT_EPS = 1e-6
 class Attention(Protocol):
     """What a block asks of its attention."""
 
-    def __call__(self, x_BSD: Tensor, rotary: Rotary | None) -> Tensor:
-        """Apply to [B, S, D]; the table is of S positions and of width `rotary_width`, None turns nothing."""
+    def __call__(self, x_BSD: Tensor, rotary: Rotary | None, memory: Memory | None = None) -> Tensor:
+        """Apply to [B, S, D]; the table is of S positions and of width `rotary_width`, None turns nothing.
+
+        Keys and values are added to the memory, and those in it are seen, too.
+        """
 
 
 def build_attention(config: ModelConfig, layer: int, out_std: float) -> GroupedQueryAttention | LatentAttention:
@@ -85,14 +89,16 @@ class GroupedQueryAttention(nn.Module):
         self.roles = {"sinks_H": Role(Kind.DENSE, config.init_std)}
         self.register_parameter("sinks_H", nn.Parameter(torch.empty(self.heads)) if attention.sinks else None)
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, rotary: Rotary | None, memory: Memory | None = None) -> Tensor:
         """Apply to [B, S, D], with the rotary table of these positions."""
         widths = [self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.width]
         q_BSN, k_BSN, v_BSN = torch.split(self.qkv(x_BSD), widths, dim=-1)
         q_BHSW = rotate(self.to_heads(normed(q_BSN, self.q_norm)), rotary)
-        k_BGSW = rotate(self.to_heads(normed(k_BSN, self.k_norm)), rotary)
+        k_BGSW, v_BGSW = rotate(self.to_heads(normed(k_BSN, self.k_norm)), rotary), self.to_heads(v_BSN)
+        if memory is not None:
+            k_BGSW, v_BGSW = memory.extend(k_BGSW, v_BGSW)
         y_BHSW = causal_attention(
-            q_BHSW, k_BGSW, self.to_heads(v_BSN), window=self.window, sinks_H=self.sinks_H, compute=self.compute
+            q_BHSW, k_BGSW, v_BGSW, window=self.window, sinks_H=self.sinks_H, compute=self.compute
         )
         out_BSD: Tensor = self.out(y_BHSW.transpose(1, 2).flatten(2))
         return out_BSD
@@ -157,10 +163,12 @@ class LatentAttention(nn.Module):
         self.kv_up = Linear(attention.kv_rank, self.heads * (attention.nope_dim + attention.v_dim), std)
         self.out = Linear(self.heads * attention.v_dim, config.dim, out_std)
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, rotary: Rotary | None, memory: Memory | None = None) -> Tensor:
         """Apply to [B, S, D], with the rotary table of these positions."""
         q_BHSW = self.queries(x_BSD, rotary)
         k_BHSW, v_BHSU = self.keys_and_values(x_BSD, rotary)
+        if memory is not None:
+            k_BHSW, v_BHSU = memory.extend(k_BHSW, v_BHSU)
         y_BHSU = causal_attention(q_BHSW, k_BHSW, v_BHSU, scale=self.scale, compute=self.sizes.compute)
         out_BSD: Tensor = self.out(y_BHSU.transpose(1, 2).flatten(2))
         return out_BSD

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from moe_train.config.model import ModelConfig
-from moe_train.models.attention import build_attention
+from moe_train.models.attention import Attention
+from moe_train.models.memory import Memory
 from moe_train.models.modules import FeedForward
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.graph.layer import GraphLayer
 from moe_train.moe.layer import MoELayer
 from moe_train.moe.modules import Linear, build_norm
-from moe_train.moe.record import LayerRecord
+from moe_train.moe.record import ExpertLayer, LayerRecord
 from moe_train.ops.rotary import Rotary
 
 
@@ -24,43 +26,74 @@ class BlockOutput:
 
     Attributes:
         x_BSD: [B, S, D] residual stream.
-        record: sums of a block with experts; None for a dense one.
+        records: sums of the block's layers with experts, in order of `TransformerBlock.expert_layers`.
     """
 
     x_BSD: Tensor
-    record: LayerRecord | None
+    records: tuple[LayerRecord, ...] = ()
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module, ABC):
+    """What a transformer is made of."""
+
+    @property
+    @abstractmethod
+    def expert_layers(self) -> dict[str, ExpertLayer]:
+        """What leaves a record, by `LayerKey.part`, in order of the records."""
+
+    @property
+    def inner(self) -> TransformerBlock:
+        """The block that others stand around: itself, unless something does."""
+        return self
+
+    @abstractmethod
+    def forward(
+        self, x_BSD: Tensor, rotary: Rotary | None, context: RoutingContext, memory: Memory | None = None
+    ) -> BlockOutput:
+        """Apply to the residual stream.
+
+        Args:
+            x_BSD: [B, S, D].
+            rotary: table of the positions; None where these enter elsewhere.
+            context: of these tokens.
+            memory: keys and values of earlier tokens, to which these are added; None: there are none.
+        """
+
+
+class Block(TransformerBlock):
     """x + attention(norm(x)), then x + feed-forward(norm(x)).
 
     Args:
         config: the model.
-        layer: depth of the block, from 0.
+        attention: of one kind.
         ffn: a dense network or a layer with experts.
-        out_std: standard deviation of the initial values of the attention's output projection.
     """
 
-    def __init__(
-        self, config: ModelConfig, layer: int, ffn: FeedForward | MoELayer | GraphLayer, out_std: float
-    ) -> None:
+    def __init__(self, config: ModelConfig, attention: Attention, ffn: FeedForward | MoELayer | GraphLayer) -> None:
         super().__init__()
         self.attention_norm = build_norm(config.norm, config.dim, config.norm_eps)
-        self.attention = build_attention(config, layer, out_std)
+        self.attention = attention
         self.ffn_norm = build_norm(config.norm, config.dim, config.norm_eps)
         self.ffn = ffn
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary | None, context: RoutingContext) -> BlockOutput:
+    @property
+    def expert_layers(self) -> dict[str, ExpertLayer]:
+        """The feed-forward part, where it has experts."""
+        return {"": self.ffn} if isinstance(self.ffn, MoELayer | GraphLayer) else {}
+
+    def forward(
+        self, x_BSD: Tensor, rotary: Rotary | None, context: RoutingContext, memory: Memory | None = None
+    ) -> BlockOutput:
         """Apply to the residual stream [B, S, D] of the tokens that ``context`` describes."""
-        x_BSD = x_BSD + self.attend(x_BSD, rotary)
+        x_BSD = x_BSD + self.attend(x_BSD, rotary, memory)
         if isinstance(self.ffn, MoELayer | GraphLayer):
             output = self.ffn(self.ffn_norm(x_BSD), context)
-            return BlockOutput(x_BSD + output.y_BSD, output.record)
-        return BlockOutput(x_BSD + self.feed(x_BSD), None)
+            return BlockOutput(x_BSD + output.y_BSD, (output.record,))
+        return BlockOutput(x_BSD + self.feed(x_BSD))
 
-    def attend(self, x_BSD: Tensor, rotary: Rotary | None) -> Tensor:
+    def attend(self, x_BSD: Tensor, rotary: Rotary | None, memory: Memory | None = None) -> Tensor:
         """Return what attention adds to the residual stream [B, S, D]. Its shapes are those of the batch."""
-        added_BSD: Tensor = self.attention(self.attention_norm(x_BSD), rotary)
+        added_BSD: Tensor = self.attention(self.attention_norm(x_BSD), rotary, memory)
         return added_BSD
 
     def feed(self, x_BSD: Tensor) -> Tensor:
@@ -69,7 +102,7 @@ class Block(nn.Module):
         return added_BSD
 
 
-class CoupledBlocks(nn.Module):
+class CoupledBlocks(TransformerBlock):
     """x + coupling(block_1(x), ..., block_E(x)): the place of one block taken by E of them (GNN-MoE, phase 1).
 
     Each block has residual connections of its own, inside of the one around them all.
@@ -82,10 +115,18 @@ class CoupledBlocks(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary | None, context: RoutingContext) -> BlockOutput:
-        """Apply to the residual stream [B, S, D] of the tokens that ``context`` describes."""
+    @property
+    def expert_layers(self) -> dict[str, ExpertLayer]:
+        """The layer that couples them."""
+        return {"": self.layer}
+
+    def forward(
+        self, x_BSD: Tensor, rotary: Rotary | None, context: RoutingContext, memory: Memory | None = None
+    ) -> BlockOutput:
+        """Apply to the residual stream [B, S, D] of the tokens that ``context`` describes; they remember nothing."""
+        assert memory is None, "a memory has room for one attention per block"
         output = self.layer(x_BSD, context, rotary)
-        return BlockOutput(x_BSD + output.y_BSD, output.record)
+        return BlockOutput(x_BSD + output.y_BSD, (output.record,))
 
 
 class MTPModule(nn.Module):
@@ -99,7 +140,7 @@ class MTPModule(nn.Module):
         block: the block.
     """
 
-    def __init__(self, config: ModelConfig, block: Block | CoupledBlocks) -> None:
+    def __init__(self, config: ModelConfig, block: TransformerBlock) -> None:
         super().__init__()
         self.embedding_norm = build_norm(config.norm, config.dim, config.norm_eps)
         self.hidden_norm = build_norm(config.norm, config.dim, config.norm_eps)
@@ -120,4 +161,4 @@ class MTPModule(nn.Module):
         """
         joined = torch.cat([self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD)], dim=-1)
         output: BlockOutput = self.block(self.project(joined), rotary, context)
-        return BlockOutput(self.norm(output.x_BSD), output.record)
+        return BlockOutput(self.norm(output.x_BSD), output.records)

@@ -10,8 +10,9 @@ from torch import nn
 
 from moe_train.config.graph import GraphConfig
 from moe_train.config.model import FFNConfig, ModelConfig
+from moe_train.models.attention import build_attention
 from moe_train.models.block_experts import BlockExperts
-from moe_train.models.blocks import Block, CoupledBlocks
+from moe_train.models.blocks import Block, CoupledBlocks, TransformerBlock
 from moe_train.models.modules import FeedForward, SharedExperts
 from moe_train.moe.balance import Balance
 from moe_train.moe.capacity import Capacity
@@ -30,18 +31,21 @@ def is_moe_layer(config: FFNConfig, layer: int) -> bool:
     return config.num_experts > 0 and layer >= config.first_dense and (layer + 1) % config.every == 0
 
 
-def build_block(config: ModelConfig, layer: int, exchange: Exchange) -> Block | CoupledBlocks:
+def build_block(config: ModelConfig, layer: int, exchange: Exchange) -> TransformerBlock:
     """Build one block by the layer pattern."""
     # GPT-2: what writes into the residual stream starts smaller, by the root of the number of writers.
     out_std = config.init_std / (2 * config.layers) ** 0.5
     ffn = config.ffn
+    network: FeedForward | MoELayer | GraphLayer
     if not is_moe_layer(ffn, layer):
         network = FeedForward(config.dim, ffn.hidden_dim, ffn.activation, config.init_std, out_std)
-        return Block(config, layer, network, out_std)
-    if ffn.graph is None:
-        return Block(config, layer, build_moe(config, exchange, out_std), out_std)
-    coupled = build_graph(config, ffn.graph, layer, exchange, out_std)
-    return CoupledBlocks(coupled) if ffn.graph.expert == "block" else Block(config, layer, coupled, out_std)
+    elif ffn.graph is None:
+        network = build_moe(config, exchange, out_std)
+    else:
+        network = build_graph(config, ffn.graph, layer, exchange, out_std)
+        if ffn.graph.expert == "block":
+            return CoupledBlocks(network)
+    return Block(config, build_attention(config, layer, out_std), network)
 
 
 def build_graph(config: ModelConfig, graph: GraphConfig, layer: int, exchange: Exchange, out_std: float) -> GraphLayer:
@@ -59,7 +63,7 @@ def build_blocks(config: ModelConfig, layer: int, exchange: Exchange, out_std: f
     ffn = config.ffn
     activation = ffn.expert_activation or ffn.activation
     network = FeedForward(config.dim, ffn.expert_dim, activation, config.init_std, out_std, ffn.expert_bias)
-    return BlockExperts(Block(config, layer, network, out_std), exchange.experts)
+    return BlockExperts(Block(config, build_attention(config, layer, out_std), network), exchange.experts)
 
 
 def build_moe(config: ModelConfig, exchange: Exchange, out_std: float) -> MoELayer:

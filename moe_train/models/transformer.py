@@ -11,14 +11,13 @@ from torch.nn import functional as F
 
 from moe_train.config.model import ModelConfig
 from moe_train.models.attention import rotary_width
-from moe_train.models.blocks import Block, BlockOutput, CoupledBlocks, MTPModule
+from moe_train.models.blocks import BlockOutput, MTPModule, TransformerBlock
 from moe_train.models.build import build_block
+from moe_train.models.memory import TextMemory
 from moe_train.moe.context import RoutingContext, ahead
 from moe_train.moe.exchange import Exchange
-from moe_train.moe.graph.layer import GraphLayer
-from moe_train.moe.layer import MoELayer
 from moe_train.moe.modules import Linear, build_norm
-from moe_train.moe.record import ExpertLayer, LayerRecord
+from moe_train.moe.record import ExpertLayer, LayerKey, LayerRecord
 from moe_train.moe.roles import Kind, Role
 from moe_train.ops.linear_loss import linear_cross_entropy_sum
 from moe_train.ops.loss import cross_entropy_sum
@@ -31,8 +30,7 @@ class ModelOutput:
 
     Attributes:
         logits_BSV: [B, S, V] scores of the next token, in the dtype of the activations.
-        records: the sums of each layer with experts, in order of depth, then of the modules of multi-token prediction;
-            empty for a dense model.
+        records: the sums of each layer with experts, in order of `Transformer.expert_layers`; empty for a dense model.
         mtp_logits: per module of multi-token prediction [B, S, V]: module k (from 0) scores at position i the token
             i + k + 2. Only in training; the last k + 1 positions mean nothing.
     """
@@ -89,18 +87,27 @@ class Transformer(nn.Module):
         )
 
     @property
-    def all_blocks(self) -> list[nn.Module]:
+    def all_blocks(self) -> list[TransformerBlock]:
         """The blocks in order of depth, then those of the modules of multi-token prediction."""
-        return [*self.blocks, *(module.block for module in self.mtp)]
+        return [*self.blocks, *(module.block for module in self.mtp)]  # type: ignore[list-item]  # a ModuleList forgets
 
     @property
     def moe_layers(self) -> dict[int, ExpertLayer]:
-        """The layers with experts by their depth, in the order of `ModelOutput.records`."""
-        found = ((depth, expert_layer_of(block)) for depth, block in enumerate(self.all_blocks))
-        return {depth: layer for depth, layer in found if layer is not None}
+        """The feed-forward layers with experts by their depth."""
+        return {key.depth: layer for key, layer in self.expert_layers.items() if not key.part}
+
+    @property
+    def expert_layers(self) -> dict[LayerKey, ExpertLayer]:
+        """All that leaves a record, in the order of `ModelOutput.records`."""
+        blocks = enumerate(self.all_blocks)
+        return {LayerKey(depth, part): layer for depth, block in blocks for part, layer in block.expert_layers.items()}
 
     def forward(
-        self, tokens_BS: Tensor, context: RoutingContext | None = None, targets: Sequence[Tensor] | None = None
+        self,
+        tokens_BS: Tensor,
+        context: RoutingContext | None = None,
+        targets: Sequence[Tensor] | None = None,
+        memory: TextMemory | None = None,
     ) -> ModelOutput | ModelLosses:
         """Score the next token at each position.
 
@@ -109,19 +116,24 @@ class Transformer(nn.Module):
             context: of the same tokens: padding, place in the global batch, draws; None: a batch of its own, all valid.
             targets: None: logits are returned. Else losses are, and no logits outlive this: [B, S] labels for the model
                 and, in training, for each module of multi-token prediction; or none at all, and nothing is scored.
+            memory: of the text so far, which these tokens continue and are added to; in evaluation. None: they begin
+                a text.
         """
         context = context or RoutingContext.of(tokens_BS)
-        rotary = self.rotations(tokens_BS)
-        x_BSD = self.embed(tokens_BS)
-        records = []
+        first = 0 if memory is None else memory.length
+        rotary = self.rotations(tokens_BS, first)
+        x_BSD = self.embed(tokens_BS, first)
+        records: list[LayerRecord] = []
         for depth, block in enumerate(self.blocks):
-            output: BlockOutput = block(x_BSD, rotary, context.at_layer(depth))
+            place = context.at_layer(depth)
+            output: BlockOutput = block(x_BSD, rotary, place, None if memory is None else memory.blocks[depth])
             x_BSD = output.x_BSD
-            records.append(output.record)
+            records += output.records
+        if memory is not None:
+            memory.length += tokens_BS.shape[1]
         x_BSD = self.norm(x_BSD)
         outputs = self.look_ahead(x_BSD, tokens_BS, rotary, context) if self.training else []
-        records += [output.record for output in outputs]
-        found = tuple(record for record in records if record is not None)
+        found = (*records, *(record for output in outputs for record in output.records))
         hidden = [x_BSD, *(output.x_BSD for output in outputs)]
         if targets is not None:
             assert len(targets) in (0, len(hidden)), "targets are for the model and for each module that looks ahead"
@@ -129,20 +141,21 @@ class Transformer(nn.Module):
         logits_BSV, *ahead_BSV = map(self.score, hidden)
         return ModelOutput(logits_BSV, found, tuple(ahead_BSV))
 
-    def embed(self, tokens_BS: Tensor) -> Tensor:
-        """Return the tokens' vectors [B, S, D], with those of their positions where these are learned."""
+    def embed(self, tokens_BS: Tensor, first: int = 0) -> Tensor:
+        """Return the tokens' vectors [B, S, D], with those of their positions from ``first`` on where these are learned."""
         x_BSD = F.embedding(tokens_BS, self.embedding_VD)
         if self.positions_SD is not None:
-            x_BSD = x_BSD + self.positions_SD[: tokens_BS.shape[1]]
+            x_BSD = x_BSD + self.positions_SD[first : first + tokens_BS.shape[1]]
         return x_BSD.to(self.dtype)
 
-    def rotations(self, tokens_BS: Tensor) -> Rotary | None:
-        """Return the table of rotary positions; None where positions are learned."""
+    def rotations(self, tokens_BS: Tensor, first: int = 0) -> Rotary | None:
+        """Return the table of rotary positions from ``first`` on; None where positions are learned."""
         if self.positions_SD is not None:
             return None
         precise = torch.promote_types(self.dtype, torch.float32)
         width = rotary_width(self.config)
-        return rotary_table(tokens_BS.shape[1], width, self.config.attention, precise, tokens_BS.device)
+        length = first + tokens_BS.shape[1]
+        return rotary_table(length, width, self.config.attention, precise, tokens_BS.device).since(first)
 
     def score(self, x_BSD: Tensor) -> Tensor:
         """Return the logits [..., V] of normed vectors [..., D]."""
@@ -171,14 +184,6 @@ class Transformer(nn.Module):
             place = context.ahead(k + 1).at_layer(self.config.layers + k)
             outputs.append(module(outputs[-1].x_BSD if outputs else x_BSD, embedded_BSD, rotary, place))
         return outputs
-
-
-def expert_layer_of(block: nn.Module) -> ExpertLayer | None:
-    """Return the layer with experts in a block, if there is one."""
-    if isinstance(block, CoupledBlocks):
-        return block.layer
-    assert isinstance(block, Block), "a transformer is made of blocks"
-    return block.ffn if isinstance(block.ffn, MoELayer | GraphLayer) else None
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from moe_train.config.balance import AuxLossConfig, ZLossConfig
 from moe_train.config.model import FFNConfig
-from moe_train.config.routing import AuxLossConfig, GroupLimitedRouterConfig, ZLossConfig
+from moe_train.config.routing import GroupLimitedRouterConfig
 from moe_train.moe.capacity import Plan
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.losses import BalanceLoss, RoutedTokens, ShareLoss, VariationLoss, ZLoss

@@ -36,6 +36,8 @@ class RoutingContext:
         valid_BS: [B, S] bool, False for padding, which visits no expert and counts nowhere; None when all are valid.
         seed: of the draws of this step and layer.
         peers: the ranks that hold the rest of the batch.
+        positions_BS: [B, S] int64, position of each token in its sequence, rising; None: 0 to S - 1.
+        span: positions of a whole sequence, where some are missing here; None: S.
     """
 
     ids_BS: Tensor
@@ -43,6 +45,8 @@ class RoutingContext:
     valid_BS: Tensor | None = None
     seed: int = 0
     peers: Peers = field(default_factory=Alone)
+    positions_BS: Tensor | None = None
+    span: int | None = None
 
     @staticmethod
     def of(ids_BS: Tensor, valid_BS: Tensor | None = None) -> RoutingContext:
@@ -60,6 +64,25 @@ class RoutingContext:
         """
         valid_BS = torch.ones_like(self.ids_BS, dtype=torch.bool) if self.valid_BS is None else self.valid_BS
         return replace(self, ids_BS=ahead(self.ids_BS, steps), valid_BS=ahead(valid_BS, steps))
+
+    def chosen(self, indices_BC: Tensor, valid_BC: Tensor | None = None) -> RoutingContext:
+        """Return the context of some of the tokens, which keep their places in the global batch.
+
+        Args:
+            indices_BC: [B, C] int64, rising, which of the S tokens.
+            valid_BC: [B, C] bool, False where an index only fills up a row; None: all are meant.
+        """
+        positions_BS = self.positions_BS
+        if self.valid_BS is not None:
+            chosen_BC = self.valid_BS.gather(1, indices_BC)
+            valid_BC = chosen_BC if valid_BC is None else valid_BC & chosen_BC
+        return replace(
+            self,
+            ids_BS=self.ids_BS.gather(1, indices_BC),
+            valid_BS=valid_BC,
+            positions_BS=indices_BC if positions_BS is None else positions_BS.gather(1, indices_BC),
+            span=self.span or self.length,
+        )
 
     @property
     def length(self) -> int:
@@ -81,8 +104,10 @@ class RoutingContext:
     @property
     def places_T(self) -> Tensor:
         """[T] int64, each token's place in the global batch: sequence · S + position."""
-        positions_S = torch.arange(self.length, device=self.ids_BS.device)
-        return (self.sequences_B.unsqueeze(1) * self.length + positions_S).flatten()
+        positions_BS = self.positions_BS
+        if positions_BS is None:
+            positions_BS = torch.arange(self.length, device=self.ids_BS.device)
+        return (self.sequences_B.unsqueeze(1) * (self.span or self.length) + positions_BS).flatten()
 
     def uniform(self, purpose: Purpose, num: int) -> Tensor:
         """Return ``num`` fp32 numbers in (0, 1) for each token: [T, num]."""

@@ -45,23 +45,26 @@ class MoELayer(nn.Module):
         self.shared = shared
         self.placement = Placement(capacity.num_experts)
 
-    def forward(self, x_BSD: Tensor, context: RoutingContext | None = None) -> LayerOutput:
+    def forward(
+        self, x_BSD: Tensor, context: RoutingContext | None = None, routed_by_BSD: Tensor | None = None
+    ) -> LayerOutput:
         """Apply the layer.
 
         Args:
-            x_BSD: [B, S, D] tokens.
+            x_BSD: [B, S, D] what the experts see of the tokens.
             context: what else is known of them; None: a batch of its own, all valid, their places as ids.
+            routed_by_BSD: [B, S, C] what the router sees of them; None: the same.
         """
         if context is None:
             context = RoutingContext.of(torch.arange(x_BSD[..., 0].numel(), device=x_BSD.device).view(x_BSD.shape[:2]))
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.router(x_TD, context)
+        routing = self.router(x_TD if routed_by_BSD is None else routed_by_BSD.flatten(0, 1), context)
         plan = self.placement(self.capacity.plan(routing, context, self.training))
         transit = self.exchange.dispatch(x_TD, plan)  # the tokens leave, together or in parts
         shared_BSD = None if self.shared is None else self.shared(x_BSD)  # works while they travel
         for arrived in transit:
             transit.send_home(self.experts(arrived), arrived)
-        y_BSD = transit.home().view_as(x_BSD)
+        y_BSD = transit.home().view(*x_BSD.shape[:2], -1)  # of the width that the experts give it
         if shared_BSD is not None:
             y_BSD = y_BSD + shared_BSD
         return LayerOutput(y_BSD, RoutingRecord.of(routing, plan, context, self.balance))

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from moe_train.config.routing import Scope
+from moe_train.config.balance import Scope
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.queues import count
 from moe_train.moe.routing import Routing

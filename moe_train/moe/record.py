@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from torch import Tensor
 
@@ -67,8 +67,22 @@ class LayerLosses(Protocol):
         """Return n times each unweighted loss, by name, from the statistics of the whole step."""
 
 
+class LayerKey(NamedTuple):
+    """Which layer of a model a record is of."""
+
+    depth: int
+    """Of its block, from 0; then the modules of multi-token prediction."""
+    part: str = ""
+    """Of the block: the feed-forward part has no name, others do."""
+
+    @property
+    def name(self) -> str:
+        """The name that records use: ``layer_03``, ``layer_03_values``."""
+        return f"layer_{self.depth:02d}" + (f"_{self.part}" if self.part else "")
+
+
 class ExpertLayer(Protocol):
-    """A layer with experts: routed, or coupled by a graph."""
+    """A layer that leaves a record: its tokens choose experts, are coupled by a graph, or choose its depth."""
 
     @property
     def balance(self) -> LayerLosses:

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 Record: TypeAlias = Mapping[str, Any]
 
 KINDS = ("train", "eval", "event")
-LAYER_KEY = re.compile(r"moe/(layer_\d+)/(\w+)")
+LAYER_KEY = re.compile(r"moe/(layer_\d+\w*)/(\w+)")
 ROUTED = "load"
 """The figure that every layer with a router has, and no other."""
 COUPLED = "similarity"

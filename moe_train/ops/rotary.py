@@ -17,12 +17,23 @@ class Rotary:
     """The rotation of each position, times the magnitude that YaRN gives it.
 
     Attributes:
-        cos_SW: [S, W/2] cosines.
-        sin_SW: [S, W/2] sines.
+        cos_SW: [S, W/2] cosines; [B, 1, S, W/2] where the sequences of a batch have positions of their own.
+        sin_SW: sines, as these.
     """
 
     cos_SW: Tensor
     sin_SW: Tensor
+
+    def at(self, indices_BC: Tensor) -> Rotary:
+        """Return the rotations of some positions of each sequence: those with these indices, [B, C] int64."""
+        if self.cos_SW.dim() == 2:
+            return Rotary(*(table_SW[indices_BC].unsqueeze(1) for table_SW in (self.cos_SW, self.sin_SW)))
+        index = indices_BC[:, None, :, None].expand(-1, 1, -1, self.cos_SW.shape[-1])
+        return Rotary(*(table_BSW.gather(2, index) for table_BSW in (self.cos_SW, self.sin_SW)))
+
+    def since(self, first: int) -> Rotary:
+        """Return the rotations of the positions from ``first`` on."""
+        return Rotary(self.cos_SW[first:], self.sin_SW[first:])
 
 
 def rotary_table(length: int, width: int, config: RotaryConfig, dtype: torch.dtype, device: torch.device) -> Rotary:

@@ -33,7 +33,7 @@ def apply_compile(model: Transformer, backend: str = "inductor") -> None:
 
 def static_parts(model: Transformer) -> Iterator[tuple[nn.Module, str]]:
     """Yield modules and the names of their methods with shapes that no routing decides."""
-    for block in model.all_blocks:
+    for block in (outer.inner for outer in model.all_blocks):
         if not isinstance(block, Block):
             continue  # experts that are blocks: their weights are stacked, and each is called by itself
         yield block, "attend"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from moe_train.models.blocks import Block, CoupledBlocks
+from moe_train.models.blocks import Block, CoupledBlocks, TransformerBlock
 from moe_train.models.transformer import Transformer
 from moe_train.moe.graph.layer import GraphLayer
 from moe_train.moe.layer import MoELayer
@@ -71,8 +71,10 @@ class Region:
     saved: tuple[Any, ...] = ()
 
 
-def regions_of(block: nn.Module) -> Iterator[Region]:
+def regions_of(block: TransformerBlock) -> Iterator[Region]:
     """Yield the parts of a block that exchange nothing with other ranks, but for what is decided once."""
+    block = block.inner
+    assert isinstance(block, Block | CoupledBlocks), "these two have parts"
     layer = block.layer if isinstance(block, CoupledBlocks) else block.ffn
     if isinstance(block, Block):
         yield Region(block, "attend", FUSED_ATTENTION)

@@ -18,8 +18,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from moe_train.dist.mesh import Mesh
-from moe_train.models.blocks import Block, CoupledBlocks
-from moe_train.models.transformer import Transformer, expert_layer_of
+from moe_train.models.blocks import CoupledBlocks, TransformerBlock
+from moe_train.models.transformer import Transformer
 from moe_train.moe.graph.layer import GraphLayer
 from moe_train.moe.layer import MoELayer
 from moe_train.moe.roles import Kind, roles_of
@@ -39,7 +39,7 @@ def shard(model: Transformer, mesh: Mesh, gather_dtype: torch.dtype | None = Non
     assert sharding is not None, "this mesh shards nothing"
     # No caller changes in place what a module returned.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
-    for block in [*model.blocks, *(module.block for module in model.mtp)]:
+    for block in model.all_blocks:
         shard_block(block, sharding.dense, sharding.experts, gather_dtype)
     for module in model.mtp:
         fully_shard(module, mesh=sharding.dense)
@@ -51,24 +51,25 @@ def shard(model: Transformer, mesh: Mesh, gather_dtype: torch.dtype | None = Non
         unit.set_force_sum_reduction_for_comms(True)
 
 
-def shard_block(block: nn.Module, dense: DeviceMesh, experts: DeviceMesh, gather_dtype: torch.dtype | None) -> None:
+def shard_block(
+    block: TransformerBlock, dense: DeviceMesh, experts: DeviceMesh, gather_dtype: torch.dtype | None
+) -> None:
     """Shard the experts of a block, then what is around them."""
-    layer = expert_layer_of(block)
-    if isinstance(layer, MoELayer):
-        # Each pass uses these once, cast: gathering them cast changes no value, and halves what travels.
-        policy = MixedPrecisionPolicy(gather_dtype, reduce_dtype_of(layer.experts), cast_forward_inputs=False)
-        fully_shard(
-            layer.experts,
-            mesh=experts,
-            mp_policy=policy if gather_dtype else MixedPrecisionPolicy(),
-            shard_placement_fn=placement_over(experts.size(1)),
-        )
-    elif isinstance(layer, GraphLayer):
-        fully_shard(layer.experts, mesh=experts, shard_placement_fn=placement_over(experts.size(1)))
-        fully_shard(layer, mesh=dense)
-        register_fsdp_forward_method(layer, "figures")  # which reads weights between the passes
+    for layer in block.expert_layers.values():
+        if isinstance(layer, MoELayer):
+            # Each pass uses these once, cast: gathering them cast changes no value, and halves what travels.
+            policy = MixedPrecisionPolicy(gather_dtype, reduce_dtype_of(layer.experts), cast_forward_inputs=False)
+            fully_shard(
+                layer.experts,
+                mesh=experts,
+                mp_policy=policy if gather_dtype else MixedPrecisionPolicy(),
+                shard_placement_fn=placement_over(experts.size(1)),
+            )
+        elif isinstance(layer, GraphLayer):
+            fully_shard(layer.experts, mesh=experts, shard_placement_fn=placement_over(experts.size(1)))
+            fully_shard(layer, mesh=dense)
+            register_fsdp_forward_method(layer, "figures")  # which reads weights between the passes
     if not isinstance(block, CoupledBlocks):  # which has nothing but its layer
-        assert isinstance(block, Block), "a transformer is made of blocks"
         fully_shard(block, mesh=dense)
 
 

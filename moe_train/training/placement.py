@@ -127,7 +127,11 @@ class Rebalancer:
 
     def observe(self, tally: Tally) -> None:
         """Count the assignments of a step. Neither travels nor waits for the device."""
-        counts = [record.counts_E for record in tally.records if isinstance(record, RoutingRecord)]
+        counts = [
+            record.counts_E
+            for key, record in zip(tally.layers, tally.records, strict=True)
+            if isinstance(record, RoutingRecord) and not key.part  # the experts of an attention stay
+        ]
         counts_ME = torch.stack(counts)
         self.counts_ME = counts_ME if self.counts_ME is None else self.counts_ME + counts_ME
 

@@ -67,7 +67,7 @@ def train_step(engine: Engine, mesh: Mesh, batches: Sequence[Batch], tokens: int
         settings: of this step.
     """
     model = engine.model
-    tally = Tally(model.moe_layers)
+    tally = Tally(model.expert_layers)
     engine.zero_grad()
     inputs = [to_inputs(batch, model, mesh, settings.seed) for batch in batches]
     totals = step_totals(model, mesh, inputs)
@@ -124,9 +124,9 @@ def step_totals(model: Transformer, mesh: Mesh, inputs: Sequence[Inputs]) -> lis
     under accumulation the load must be known first, so that the routers run twice (and draw the same numbers twice);
     without accumulation, or with ``scope=sequence``, nothing is run here and the list is empty.
     """
-    if len(inputs) == 1 or not any(layer.balance.needs_totals for layer in model.moe_layers.values()):
+    if len(inputs) == 1 or not any(layer.balance.needs_totals for layer in model.expert_layers.values()):
         return []
-    tally = Tally(model.moe_layers)
+    tally = Tally(model.expert_layers)
     with torch.no_grad():
         for micro_batch in inputs:
             tally.add(torch.zeros(()), model(micro_batch.tokens_BS, micro_batch.context, ()).records)
@@ -135,7 +135,7 @@ def step_totals(model: Transformer, mesh: Mesh, inputs: Sequence[Inputs]) -> lis
 
 def pass_totals(model: Transformer, mesh: Mesh, output: ModelLosses) -> list[Statistics]:
     """Return each MoE layer's statistics of one forward pass over all ranks, or of this rank if no loss needs more."""
-    if any(layer.balance.needs_totals for layer in model.moe_layers.values()):
+    if any(layer.balance.needs_totals for layer in model.expert_layers.values()):
         return total_statistics(output.records, mesh)
     return [record.statistics for record in output.records]
 
@@ -148,8 +148,8 @@ def balance_loss_sum(model: Transformer, output: ModelLosses, totals: list[Stati
     """
     config = model.config
     total = output.loss_sums[0].new_zeros((), dtype=torch.float64)
-    for (depth, layer), record, statistics in zip(model.moe_layers.items(), output.records, totals, strict=True):
-        weight = 1.0 if depth < config.layers else mtp_coef / config.mtp.depth
+    for (key, layer), record, statistics in zip(model.expert_layers.items(), output.records, totals, strict=True):
+        weight = 1.0 if key.depth < config.layers else mtp_coef / config.mtp.depth
         total = total + weight * layer.balance.share(record, statistics)
     return total
 
@@ -159,7 +159,7 @@ def move_biases(model: Transformer, mesh: Mesh, tally: Tally) -> None:
     """Move the biases of loss-free balancing, once per optimizer step, by the load of all ranks and micro-batches."""
     biased = [
         (layer.router.bias_E, layer.balance, record.counts_E)
-        for layer, record in zip(model.moe_layers.values(), tally.records, strict=True)
+        for layer, record in zip(model.expert_layers.values(), tally.records, strict=True)
         if isinstance(layer, MoELayer) and layer.router.bias_E is not None and isinstance(record, RoutingRecord)
     ]
     if not biased:

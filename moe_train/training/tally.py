@@ -5,6 +5,7 @@ Sums stay on the device; they travel over the ranks, and to the host, only for t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from moe_train.dist.comm import sum_over
 from moe_train.dist.mesh import Mesh
-from moe_train.moe.record import ExpertLayer, LayerRecord
+from moe_train.moe.record import ExpertLayer, LayerKey, LayerRecord
 from moe_train.training.mtp import MTPLoss
 
 Statistics: TypeAlias = tuple[Tensor, ...]
@@ -26,13 +27,13 @@ class Tally:
     """Sums over the micro-batches of this rank.
 
     Attributes:
-        layers: the MoE layers by depth.
+        layers: what leaves records, in their order.
         loss_sum: summed cross-entropy in nats; None before the first micro-batch.
-        records: per MoE layer the sums of its router over the micro-batches, without gradients.
+        records: of each layer the sums over the micro-batches, without gradients.
         mtp_sums: [2] fp64, summed cross-entropy of multi-token prediction and its targets; None without modules.
     """
 
-    layers: dict[int, ExpertLayer]
+    layers: dict[LayerKey, ExpertLayer]
     loss_sum: Tensor | None = None
     records: list[LayerRecord] = field(default_factory=list)
     mtp_sums: Tensor | None = None
@@ -67,13 +68,13 @@ class Tally:
             figures["mtp_loss"] = mtp_sum / max(1.0, targets)
         totals = totals[len(first) :]
         losses: dict[str, list[float]] = {}
-        for (depth, layer), local in zip(self.layers.items(), self.records, strict=True):
+        for (key, layer), local in zip(self.layers.items(), self.records, strict=True):
             size = len(local.tensors())
             record, totals = local.from_tensors(totals[:size]), totals[size:]
             for name, value in layer.balance.values(record.statistics).items():
                 losses.setdefault(name, []).append(value.item() / max(1.0, record.tokens.item()))
             found = record.figures() | layer.figures()
-            figures |= {f"moe/layer_{depth:02d}/{key}": value for key, value in found.items()}
+            figures |= {f"moe/{key.name}/{figure}": value for figure, value in found.items()}
         return figures | {name: sum(values) / len(values) for name, values in losses.items()}
 
 
@@ -89,10 +90,10 @@ def unpack(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def total_statistics(records: Sequence[LayerRecord], mesh: Mesh) -> list[Statistics]:
-    """Return each MoE layer's statistics over all ranks: one collective for all layers and losses."""
+    """Return the statistics of each layer with a record over all ranks: one collective for all layers and losses."""
     if not records:
         return []
     local = [statistic for record in records for statistic in record.statistics]
     totals = unpack(sum_over(pack(local), mesh.world), local)
-    num_losses = len(records[0].statistics)
-    return [tuple(totals[start : start + num_losses]) for start in range(0, len(totals), num_losses)]
+    rest = iter(totals)
+    return [tuple(itertools.islice(rest, len(record.statistics))) for record in records]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from moe_train.config.balance import BalanceConfig
 from moe_train.config.compose import compose_config
 from moe_train.config.groups import options_of
-from moe_train.config.routing import BalanceConfig
 from moe_train.config.rules import train_problems
 from moe_train.config.schema import TrainConfig
 from moe_train.config.validate import model_of

@@ -178,6 +178,9 @@ class Exchange(Protocol):
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Transit:
         """Send this rank's tokens [T, D] off to the ranks of their experts."""
 
+    def for_experts(self, num_experts: int) -> Exchange:
+        """Return the exchange of a layer with so many experts over the same ranks, without buffers of fixed size."""
+
 
 def split(x_TD: Tensor, plan: Plan, num_parts: int) -> list[tuple[Tensor, Plan]]:
     """Cut tokens and plan into runs of tokens as even as can be; some may be empty. Plans with slots stay whole."""

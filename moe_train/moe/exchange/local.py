@@ -33,6 +33,10 @@ class LocalExchange:
         """How all tokens reach all experts: they are there."""
         return LocalDenseExchange(self.num_experts)
 
+    def for_experts(self, num_experts: int) -> LocalExchange:
+        """Return the exchange of a layer with so many experts."""
+        return LocalExchange(num_experts)
+
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Transit:
         """Take the tokens as they are. Waits for the device only when assignments were dropped."""
         if plan.all_kept:

@@ -76,6 +76,10 @@ class PaddedExchange:
         """How all tokens reach all experts: that is as many everywhere, with nothing to pad."""
         return self.unpadded.dense
 
+    def for_experts(self, num_experts: int) -> Exchange:
+        """Return the exchange of a layer with so many experts, which takes plans without slots."""
+        return self.unpadded.for_experts(num_experts)
+
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Transit:
         """Send each expert's run of places [per_expert, D] to its rank. Does not wait for the device."""
         if plan.slots is None:

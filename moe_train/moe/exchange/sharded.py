@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch.distributed as dist
 
@@ -27,6 +28,10 @@ class ShardedExchange:
     def experts(self) -> range:
         """Places of the experts that this rank holds; their global indices, unless experts have moved."""
         return held_by(self.group, self.num_experts)
+
+    def for_experts(self, num_experts: int) -> Self:
+        """Return the exchange of a layer with so many experts over the same ranks."""
+        return replace(self, num_experts=num_experts)
 
     @property
     def dense(self) -> DenseExchange:

@@ -3,21 +3,18 @@
 import pytest
 from pydantic import ValidationError
 
+from moe_train.config.balance import AuxLossConfig, BalanceConfig, LossFreeConfig, ZLossConfig
 from moe_train.config.compose import compose_config, defaults_of
 from moe_train.config.routing import (
-    AuxLossConfig,
-    BalanceConfig,
     DeviceCapacityConfig,
     DroplessConfig,
     FactorCapacityConfig,
     GShardRouterConfig,
     HashRouterConfig,
-    LossFreeConfig,
     NoisyTopKRouterConfig,
     SigmoidRouterConfig,
     SwitchRouterConfig,
     TopKRouterConfig,
-    ZLossConfig,
 )
 from moe_train.config.rules import train_problems
 from moe_train.config.schema import TrainConfig

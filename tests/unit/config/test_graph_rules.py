@@ -6,10 +6,11 @@ import pytest
 import yaml
 
 from moe_train.config.attention import GroupedQueryConfig, LatentConfig, Llama3Config, YarnConfig
+from moe_train.config.balance import BalanceConfig, ZLossConfig
 from moe_train.config.compose import compose_config, unstated
 from moe_train.config.graph import GraphConfig
 from moe_train.config.model import FFNConfig, ModelConfig
-from moe_train.config.routing import BalanceConfig, FactorCapacityConfig, SigmoidRouterConfig, ZLossConfig
+from moe_train.config.routing import FactorCapacityConfig, SigmoidRouterConfig
 from moe_train.config.rules import model_problems, schedule_problems, train_problems
 from moe_train.config.schema import DataConfig, TrainConfig
 from moe_train.errors import ConfigError, Problem

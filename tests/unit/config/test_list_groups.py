@@ -7,8 +7,8 @@ import sys
 
 import yaml
 
+from moe_train.config.balance import BalanceConfig
 from moe_train.config.compose import compose_config
-from moe_train.config.routing import BalanceConfig
 from moe_train.config.schema import TrainConfig
 
 

@@ -8,14 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe_train.config.balance import BalanceConfig, LossFreeConfig
 from moe_train.config.model import FFNConfig, ModelConfig
 from moe_train.config.routing import (
-    BalanceConfig,
     GroupLimitedRouterConfig,
     GShardRouterConfig,
     HashRouterConfig,
     HierarchicalRouterConfig,
-    LossFreeConfig,
     NoisyTopKRouterConfig,
     RouterConfig,
     SigmoidRouterConfig,

@@ -39,7 +39,7 @@ def run(
 def measured(case: Case, mesh: Mesh, parts: int = 1) -> dict[str, object]:
     """The figures of one batch in so many micro-batches."""
     model, (tokens_BS, labels_BS) = case.whole_model(), case.batches()[0]
-    tally = Tally(model.moe_layers)
+    tally = Tally(model.expert_layers)
     for rows in torch.arange(len(tokens_BS)).chunk(parts):
         tally.add(*run(model, tokens_BS[rows], labels_BS[rows], int(rows[0])))
     return tally.measure(tokens_BS.numel(), mesh)
@@ -72,7 +72,7 @@ def test_trap_12_records_add_up_and_stay_as_they_are(counts: list[int], parts: i
 
 def test_a_tally_keeps_no_graph_and_changes_no_record() -> None:
     model, (tokens_BS, labels_BS) = Case("top-2").whole_model(), Case("top-2").batches()[0]
-    tally = Tally(model.moe_layers)
+    tally = Tally(model.expert_layers)
     loss_sum, records = run(model, tokens_BS, labels_BS)
     before = [[tensor.clone() for tensor in one.tensors()] for one in records]
     tally.add(loss_sum, records)
@@ -153,7 +153,7 @@ def test_the_loss_of_multi_token_prediction_is_a_mean_over_what_its_modules_pred
     model, (tokens_BS, labels_BS) = case.whole_model(), case.batches()[0]
     figures = []
     for parts in (1, 2):
-        tally = Tally(model.moe_layers)
+        tally = Tally(model.expert_layers)
         for rows in torch.arange(len(tokens_BS)).chunk(parts):
             later = mtp_labels(labels_BS[rows], 2, boundary_id=None)
             losses = model(tokens_BS[rows], RoutingContext(tokens_BS[rows], rows), [labels_BS[rows], *later])

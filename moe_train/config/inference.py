@@ -1,0 +1,26 @@
+"""The keys of running a trained model: what it remembers, what it leaves on disk."""
+
+from __future__ import annotations
+
+from pydantic import PositiveInt
+
+from moe_train.config.base import Strict
+
+
+class OffloadConfig(Strict):
+    """Experts that stay on disk, and those of them that are kept in memory."""
+
+    cached: PositiveInt = 8
+    """Experts of each layer that are kept in memory: those used most."""
+    folder: str | None = None
+    """Where experts lie one by one, memory-mapped; null: experts/ in the run's folder. Written on first use."""
+
+
+class InferenceConfig(Strict):
+    """How a trained model is run."""
+
+    offload: OffloadConfig | None = None
+    """Leaves routed experts on disk, for models larger than memory; null: everything is in memory."""
+    remember: bool = True
+    """Whether keys and values of earlier tokens are kept while a text is continued; false: each token reads the whole
+    text again."""
