@@ -29,7 +29,7 @@ class MixtureOfDepthsConfig(Strict):
     every: PositiveInt = 2
     """Every n-th block (the last of each n) takes only some, the others take all."""
     weight: Literal["linear", "sigmoid"] = "linear"
-    """What a block's output is multiplied with: the router's score, or its sigmoid. It gives the router its gradient."""
+    """What a block's output is multiplied with: the router's score, or its sigmoid. From it the router learns."""
     causal: Literal["classifier", "predictor"] = "predictor"
     """How a token is chosen where later ones are not known. classifier: the score itself, trained to be positive for
     the best; this gradient reaches the model. predictor: a network of its own, trained for the same, which leaves the

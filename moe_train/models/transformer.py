@@ -89,7 +89,7 @@ class Transformer(nn.Module):
     @property
     def all_blocks(self) -> list[TransformerBlock]:
         """The blocks in order of depth, then those of the modules of multi-token prediction."""
-        return [*self.blocks, *(module.block for module in self.mtp)]  # type: ignore[list-item]  # a ModuleList forgets
+        return [*self.blocks, *(module.block for module in self.mtp)]
 
     @property
     def moe_layers(self) -> dict[int, ExpertLayer]:
@@ -142,7 +142,7 @@ class Transformer(nn.Module):
         return ModelOutput(logits_BSV, found, tuple(ahead_BSV))
 
     def embed(self, tokens_BS: Tensor, first: int = 0) -> Tensor:
-        """Return the tokens' vectors [B, S, D], with those of their positions from ``first`` on where these are learned."""
+        """Return the tokens' vectors [B, S, D]; learned positions, from ``first`` on, are added."""
         x_BSD = F.embedding(tokens_BS, self.embedding_VD)
         if self.positions_SD is not None:
             x_BSD = x_BSD + self.positions_SD[first : first + tokens_BS.shape[1]]
