@@ -37,13 +37,15 @@ def step_ms(name: str, ranks: int, steps: int, folder: Path, keys: list[str]) ->
     """Train anew and return the median step after the warm-up, in ms."""
     shutil.rmtree(folder, ignore_errors=True)
     own = [f"run.dir={folder}", f"train.steps={steps}", "log.every=1", "checkpoint.every=0", "eval.every=0"]
-    own += ["log.wandb.mode=disabled", "data.heldout_fraction=0", "sample.max_tokens=1", *keys]
+    own += ["log.wandb.mode=disabled", "data.heldout_fraction=0", "sample.max_tokens=1", "optim.warmup_steps=1", *keys]
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
     others = {*MALLOC, *HUGE, *BOUND, THREADS}
     kept = {key: value for key, value in os.environ.items() if key not in others}
     variables = kept | WAYS[name] | {SWITCH: OFF, THREADS: str(threads_per_rank(ranks))}
     words = [sys.executable, "-m", *launcher, "moe_train.train", *own]
-    subprocess.run(words, env=variables, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run(words, env=variables, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the training under {name!r} ended with {done.returncode}:\n{done.stderr}")
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [record for record in map(json.loads, lines) if record["kind"] == "train" and record["step"] > WARM_UP]
     return float(statistics.median(record["step_ms"] for record in records))

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_train.config import balance as b
 from moe_train.config import routing as r
 from moe_train.config.compose import compose_config
 from moe_train.config.model import FFNConfig
@@ -17,15 +18,15 @@ from moe_train.errors import ConfigError, Problem
 
 ROUTERS = variants_of(FFNConfig.model_fields["router"])
 ON = {
-    "aux": r.AuxLossConfig(),
-    "importance_load": r.ImportanceLoadConfig(load_coef=0.0),
-    "z_loss": r.ZLossConfig(),
-    "device": r.DeviceLossConfig(),
-    "communication": r.CommunicationLossConfig(),
-    "loss_free": r.LossFreeConfig(),
+    "aux": b.AuxLossConfig(),
+    "importance_load": b.ImportanceLoadConfig(load_coef=0.0),
+    "z_loss": b.ZLossConfig(),
+    "device": b.DeviceLossConfig(),
+    "communication": b.CommunicationLossConfig(),
+    "loss_free": b.LossFreeConfig(),
 }
 """Each balance method in a form that suits any router with weights."""
-AUX = r.BalanceConfig(aux=r.AuxLossConfig())
+AUX = b.BalanceConfig(aux=b.AuxLossConfig())
 LEAKY = r.ExpertChoiceRouterConfig(allow_future_leak=True)
 TOP_K = {"switch": 1, "base": 1}
 """What is not 2."""
@@ -72,19 +73,19 @@ REFUSALS = {
         ffn(r.TopKSoftmaxRouterConfig(), top_k=1), "top_k=1", "softmax over one chosen expert is 1", "aux.coef=0.01",
     ),
     "topk_softmax top-1 with aux of weight 0": (
-        ffn(r.TopKSoftmaxRouterConfig(), top_k=1, balance=r.BalanceConfig(aux=r.AuxLossConfig(coef=0.0))),
+        ffn(r.TopKSoftmaxRouterConfig(), top_k=1, balance=b.BalanceConfig(aux=b.AuxLossConfig(coef=0.0))),
         "top_k=1", "no gradient from the task", "aux.coef=0.01",
     ),
     "topk_softmax top-1 with z-loss alone": (
-        ffn(r.TopKSoftmaxRouterConfig(), top_k=1, balance=r.BalanceConfig(z_loss=r.ZLossConfig())),
+        ffn(r.TopKSoftmaxRouterConfig(), top_k=1, balance=b.BalanceConfig(z_loss=b.ZLossConfig())),
         "top_k=1", "no gradient from the task", "aux.coef=0.01",
     ),
     "topk_softmax top-1 with a bias alone": (
-        ffn(r.TopKSoftmaxRouterConfig(), top_k=1, balance=r.BalanceConfig(loss_free=r.LossFreeConfig())),
+        ffn(r.TopKSoftmaxRouterConfig(), top_k=1, balance=b.BalanceConfig(loss_free=b.LossFreeConfig())),
         "top_k=1", "no gradient from the task", "aux.coef=0.01",
     ),
     "topk_softmax top-1 with importance, which is constant": (
-        ffn(r.TopKSoftmaxRouterConfig(), top_k=1, balance=r.BalanceConfig(importance_load=ON["importance_load"])),
+        ffn(r.TopKSoftmaxRouterConfig(), top_k=1, balance=b.BalanceConfig(importance_load=ON["importance_load"])),
         "top_k=1", "no gradient from the task", "aux.coef=0.01",
     ),
     "noisy_topk top-1": (
@@ -143,19 +144,19 @@ REFUSALS = {
     ),
     # balance
     "smooth load without noise": (
-        ffn(balance=r.BalanceConfig(importance_load=r.ImportanceLoadConfig())),
+        ffn(balance=b.BalanceConfig(importance_load=b.ImportanceLoadConfig())),
         "balance.importance_load.load_coef=0.1", "has no gradient without the noise", "load_coef=0",
     ),
     "smooth load of all experts": (
-        ffn(r.NoisyTopKRouterConfig(), top_k=8, balance=r.BalanceConfig(importance_load=r.ImportanceLoadConfig())),
+        ffn(r.NoisyTopKRouterConfig(), top_k=8, balance=b.BalanceConfig(importance_load=b.ImportanceLoadConfig())),
         "balance.importance_load.load_coef=0.1", "all experts are chosen", "load_coef=0",
     ),
     "devices of the device loss": (
-        ffn(balance=r.BalanceConfig(device=r.DeviceLossConfig(devices=3))),
+        ffn(balance=b.BalanceConfig(device=b.DeviceLossConfig(devices=3))),
         "balance.device.devices=3", "must divide model.ffn.num_experts=8", "change",
     ),
     "devices of the communication loss": (
-        ffn(balance=r.BalanceConfig(communication=r.CommunicationLossConfig(devices=16))),
+        ffn(balance=b.BalanceConfig(communication=b.CommunicationLossConfig(devices=16))),
         "balance.communication.devices=16", "must divide", "change",
     ),
     "devices of the budget": (
@@ -192,7 +193,7 @@ SUITS = {
 
 @pytest.mark.parametrize(("kind", "method"), list(itertools.product(ROUTERS, ON)))
 def test_which_balance_methods_go_with_which_router(kind: str, method: str) -> None:
-    found = list(routing_problems(possible(kind, balance=r.BalanceConfig(**{method: ON[method]}))))
+    found = list(routing_problems(possible(kind, balance=b.BalanceConfig(**{method: ON[method]}))))
     if method in SUITS.get(kind, set(ON)):
         assert found == []
     else:
@@ -223,10 +224,10 @@ POSSIBLE = {
     "all experts": ffn(top_k=8),
     "topk_softmax top-1 with aux": ffn(r.TopKSoftmaxRouterConfig(), top_k=1, balance=AUX),
     "topk_softmax top-1 with a device loss": ffn(
-        r.TopKSoftmaxRouterConfig(), top_k=1, balance=r.BalanceConfig(device=r.DeviceLossConfig())
+        r.TopKSoftmaxRouterConfig(), top_k=1, balance=b.BalanceConfig(device=b.DeviceLossConfig())
     ),
     "noisy_topk top-1 with a smooth load": ffn(
-        r.NoisyTopKRouterConfig(), top_k=1, balance=r.BalanceConfig(importance_load=r.ImportanceLoadConfig())
+        r.NoisyTopKRouterConfig(), top_k=1, balance=b.BalanceConfig(importance_load=b.ImportanceLoadConfig())
     ),
     "hierarchical, one group, with aux": ffn(r.HierarchicalRouterConfig(), balance=AUX),
     "hierarchical, a single group": ffn(r.HierarchicalRouterConfig(groups=1)),
@@ -237,7 +238,7 @@ POSSIBLE = {
     ),
     "DeepSeek-V3": ffn(
         r.GroupLimitedRouterConfig(groups=8, top_groups=4, scale=2.5), num_experts=256, top_k=8,
-        balance=r.BalanceConfig(aux=r.AuxLossConfig(coef=1e-4, scope="sequence"), loss_free=r.LossFreeConfig()),
+        balance=b.BalanceConfig(aux=b.AuxLossConfig(coef=1e-4, scope="sequence"), loss_free=b.LossFreeConfig()),
     ),
     "V2's max over groups of one": ffn(r.GroupLimitedRouterConfig(groups=8, group_score="max")),
     "weights kept sum to all without normalising": ffn(
@@ -272,7 +273,7 @@ def test_all_problems_of_a_layer_at_once() -> None:
     layer = ffn(
         r.ExpertChoiceRouterConfig(),
         top_k=9,
-        balance=r.BalanceConfig(aux=r.AuxLossConfig(), device=r.DeviceLossConfig(devices=3)),
+        balance=b.BalanceConfig(aux=b.AuxLossConfig(), device=b.DeviceLossConfig(devices=3)),
         capacity=r.FactorCapacityConfig(),
     )
     assert [problem.key.removeprefix("model.ffn.") for problem in routing_problems(layer)] == [
@@ -295,7 +296,7 @@ def test_the_command_line_gets_these_problems_with_all_others() -> None:
 
 @given(kind=st.sampled_from(sorted(ROUTERS)), top_k=st.integers(1, 9), num_experts=st.integers(1, 9))
 def test_every_problem_can_be_read(kind: str, top_k: int, num_experts: int) -> None:
-    layer = possible(kind, top_k=top_k, num_experts=num_experts, balance=r.BalanceConfig(**ON))
+    layer = possible(kind, top_k=top_k, num_experts=num_experts, balance=b.BalanceConfig(**ON))
     for problem in routing_problems(layer):
         assert problem.key.startswith("model.ffn.")
         assert problem.rule and problem.remedy

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
-from moe_train.config import attention, bench, graph, model, routing, schema
+from moe_train.config import attention, balance, bench, depth, graph, inference, model, routing, schema
 from moe_train.config.base import Strict
 from moe_train.config.bench import BenchConfig
 from moe_train.config.compose import compose_config
@@ -104,7 +104,7 @@ def test_every_kind_has_an_option_and_every_balance_method_too() -> None:
     ):
         kinds = variants_of(section.model_fields[field])
         assert kinds.keys() <= set(options_of(group))
-    assert routing.BalanceConfig.model_fields.keys() <= {*options_of("model/ffn/balance")}
+    assert balance.BalanceConfig.model_fields.keys() <= {*options_of("model/ffn/balance")}
 
 
 @pytest.mark.parametrize("name", options_of("model/ffn/balance"))
