@@ -95,7 +95,7 @@ def test_a_forward_pass_keeps_what_the_closed_form_says(model: str, precision: s
 
 @pytest.mark.parametrize(("model", "precision", "remat"), CASES)
 def test_a_step_needs_what_the_closed_forms_say(model: str, precision: str, remat: str) -> None:
-    """State, what is kept, what is made again, and room for one part: not all of them are largest at the same moment."""
+    """State, what is kept, what is made again, room for one part: they are not all largest at the same moment."""
     config = config_of(model, precision, remat)
     mesh, engine = alone(config, VOCAB)
     step = partial(train_step, engine, mesh, [batch()], SEQUENCES * LENGTH, StepSettings(1e-3, 1.0, seed=0))
