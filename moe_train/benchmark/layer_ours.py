@@ -17,6 +17,7 @@ from moe_train.models.build import build_moe
 from moe_train.models.modules import FeedForward
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.exchange import LocalExchange
+from moe_train.moe.experts import Experts
 from moe_train.moe.layer import MoELayer
 from moe_train.moe.routing import Routing
 from moe_train.ops.pointwise import fuse
@@ -91,6 +92,7 @@ def our_layer(case: LayerCase, data: LayerData, compute: Compute) -> MoELayer:
     """Return the layer as a model would have it, with the values of a case."""
     layer = build_moe(ModelConfig(dim=case.dim, ffn=case.ffn(compute)), LocalExchange(case.experts), WEIGHT_STD)
     assert isinstance(layer.router, nn.Module), "routers are modules"
+    assert isinstance(layer.experts, Experts), "this layer is a feed-forward one"
     with torch.no_grad():
         layer.router.get_parameter("weight").copy_(data.router_ED)
         layer.experts.gate_up_LDF2.copy_(data.gate_up_EDF2)

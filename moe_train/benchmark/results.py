@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moe_train.benchmark.timing import Ratio, Times
@@ -68,3 +68,24 @@ class SuiteResult:
         if base is None or base.times is None or row.times is None:
             return None
         return row.times.ratio_to(base.times)
+
+
+def growing(name: str, about: str, baseline: str, cases: Iterable[Sequence[Row]]) -> Iterator[SuiteResult]:
+    """Yield what is known after each case, so that nothing is lost when a long suite is ended early.
+
+    Args:
+        name: see `SuiteResult`, as the next two.
+        about: there.
+        baseline: there.
+        cases: rows of one case after the other; each is timed when it is asked for.
+    """
+    rows: list[Row] = []
+    for case in cases:
+        rows += case
+        yield SuiteResult(name, about, baseline, tuple(rows))
+
+
+def finished(results: Iterable[SuiteResult]) -> SuiteResult:
+    """Run a suite to its end and return what it found."""
+    *_, last = results
+    return last

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from moe_train.benchmark.layer_case import shape_label
+from moe_train.benchmark.results import finished
 from moe_train.benchmark.suites import layer
 from moe_train.config.bench import BenchConfig, LayerBench, Shape
 from moe_train.config.compose import compose_config
@@ -57,7 +58,7 @@ def wrong_twice(check: Callable[[], dict[str, float]], is_fine: Callable[[str, f
 def layer_speeds() -> dict[str, float]:
     """Speed relative to the dense twin by shape and routing, median over rounds."""
     bench = LayerBench(shapes=(FEW, MANY), tokens=2048, peers=())
-    result = layer.run(BenchConfig(bench=bench, rounds=3, warmup=1, threads=1))
+    result = finished(layer.run(BenchConfig(bench=bench, rounds=3, warmup=1, threads=1)))
     speeds = {}
     for row in result.rows:
         if row.variant == "ours auto":

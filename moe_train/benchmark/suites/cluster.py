@@ -11,7 +11,7 @@ from moe_train.benchmark.allocators import num_cores
 from moe_train.benchmark.layer_case import shape_label
 from moe_train.benchmark.model_case import ModelCase
 from moe_train.benchmark.ranks import Group, rank_environment, ranks
-from moe_train.benchmark.results import VARIANT, Row, SuiteResult
+from moe_train.benchmark.results import VARIANT, Row, SuiteResult, growing
 from moe_train.benchmark.suites.exchange import byte_note
 from moe_train.benchmark.timing import Times, VariantError, interleave
 from moe_train.benchmark.whole_step import EXCHANGE_MS, STEP
@@ -19,8 +19,8 @@ from moe_train.benchmark.workers import WorkerError
 from moe_train.config.bench import BenchConfig, ClusterBench, Shape
 
 
-def run(config: BenchConfig, step: str) -> SuiteResult:
-    """Time the step on each number of processes, all those of one model in turn.
+def run(config: BenchConfig, step: str) -> Iterator[SuiteResult]:
+    """Time the step on each number of processes, all those of one model in turn; yield what is known after each model.
 
     Args:
         config: of the command.
@@ -30,14 +30,14 @@ def run(config: BenchConfig, step: str) -> SuiteResult:
     bench = config.bench
     assert isinstance(bench, ClusterBench), "the door chooses the suite by its kind"
     cases = product(bench.shapes, bench.compile)
-    rows = [row for shape, compiled in cases for row in rows_of(config, bench, step, shape, compiled)]
+    timed = (rows_of(config, bench, step, shape, compiled) for shape, compiled in cases)
     about = (
         f"A whole training step of {bench.batch} sequences of {bench.seq_len} tokens ({bench.layers} layers, "
         f"D={bench.dim}, {config.precision}) on the same {cores_of(config)} core(s): one process with as many threads, "
         "and several that share cores and experts. A step lasts until the slowest rank is done; exchange_ms is what "
         "that rank waits for, slower ranks included which waits longest; loss is that of the first step."
     )
-    return SuiteResult("cluster", about, variant_of(1, cores_of(config)), tuple(rows))
+    yield from growing("cluster", about, variant_of(1, cores_of(config)), timed)
 
 
 def cores_of(config: BenchConfig) -> int:

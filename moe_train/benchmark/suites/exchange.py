@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from moe_train.benchmark.journeys import Way, ways_of
 from moe_train.benchmark.layer_case import shape_label
 from moe_train.benchmark.ranks import Group, rank_environment, ranks
-from moe_train.benchmark.results import VARIANT, Row, SuiteResult
+from moe_train.benchmark.results import VARIANT, Row, SuiteResult, growing
 from moe_train.benchmark.timing import Times, VariantError, interleave
 from moe_train.benchmark.workers import WorkerError
 from moe_train.config.bench import BenchConfig, ExchangeBench, Shape
@@ -15,19 +16,19 @@ from moe_train.config.bench import BenchConfig, ExchangeBench, Shape
 BUILDER = "moe_train.benchmark.journeys:build"
 
 
-def run(config: BenchConfig) -> SuiteResult:
-    """Time every exchange at every shape, each shape's in turn."""
+def run(config: BenchConfig) -> Iterator[SuiteResult]:
+    """Time every exchange at every shape, each shape's in turn; yield what is known after each shape."""
     bench = config.bench
     assert isinstance(bench, ExchangeBench), "the door chooses the suite by its kind"
     ways = ways_of(bench)
-    rows = [row for index in range(len(bench.shapes)) for row in rows_of(config, bench, index, ways)]
+    timed = (rows_of(config, bench, index, ways) for index in range(len(bench.shapes)))
     late = f", every collective {bench.latency_ms:g} ms late" if bench.latency_ms else ""
     about = (
         f"Forward and backward of {bench.tokens} tokens per rank, D={bench.dim}, {config.precision}, on {bench.ranks} "
         f"processes of one thread (gloo){late}. A pass lasts until the slowest rank is done; bytes are those to other "
         "ranks, of all ranks, per token of theirs."
     )
-    return SuiteResult("exchange", about, ways[0].variant, tuple(rows))
+    yield from growing("exchange", about, ways[0].variant, timed)
 
 
 def rows_of(config: BenchConfig, bench: ExchangeBench, index: int, ways: list[Way]) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 from moe_train.benchmark import layer_ours
@@ -10,7 +11,7 @@ from moe_train.benchmark.fleet import Fleet, Program, beside
 from moe_train.benchmark.layer_case import LayerCase, shape_label
 from moe_train.benchmark.layer_ours import DENSE, FUSED
 from moe_train.benchmark.peers.registry import LAYERS, programs
-from moe_train.benchmark.results import Row, SuiteResult
+from moe_train.benchmark.results import Row, SuiteResult, growing
 from moe_train.config.bench import BenchConfig, LayerBench, Shape
 
 ABOUT: Final = (
@@ -23,8 +24,8 @@ ABOUT: Final = (
 )
 
 
-def run(config: BenchConfig) -> SuiteResult:
-    """Time every shape under every routing."""
+def run(config: BenchConfig) -> Iterator[SuiteResult]:
+    """Time every shape under every routing; yield what is known after each."""
     bench = config.bench
     assert isinstance(bench, LayerBench), "the door chooses the suite by its kind"
     everyone = [*(ours(bench, way) for way in bench.compile), *programs(LAYERS, bench.peers)]
@@ -32,8 +33,8 @@ def run(config: BenchConfig) -> SuiteResult:
         (shape, LayerCase.of(config, bench, shape, routing)) for shape in bench.shapes for routing in bench.routing
     ]
     with Fleet(everyone, threads_of(config.threads), config.timeout_s) as fleet:
-        rows = [row for shape, case in cases for row in rows_of(fleet, config, shape, case)]
-    return SuiteResult("layer", ABOUT, f"{DENSE}{FUSED[bench.compile[0]]}", tuple(rows))
+        timed = (rows_of(fleet, config, shape, case) for shape, case in cases)
+        yield from growing("layer", ABOUT, f"{DENSE}{FUSED[bench.compile[0]]}", timed)
 
 
 def ours(bench: LayerBench, compile: str) -> Program:

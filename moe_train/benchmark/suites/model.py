@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -10,7 +11,7 @@ from moe_train.benchmark.fleet import Fleet, Program, beside
 from moe_train.benchmark.layer_case import shape_label
 from moe_train.benchmark.model_case import ModelCase
 from moe_train.benchmark.peers.registry import MODELS, programs
-from moe_train.benchmark.results import Row, SuiteResult
+from moe_train.benchmark.results import Row, SuiteResult, growing
 from moe_train.config.bench import BenchConfig, ModelBench, Shape
 
 DENSE: Final = "dense"
@@ -22,8 +23,8 @@ ABOUT: Final = (
 )
 
 
-def run(config: BenchConfig, step: str) -> SuiteResult:
-    """Time every shape.
+def run(config: BenchConfig, step: str) -> Iterator[SuiteResult]:
+    """Time every shape; yield what is known after each.
 
     Args:
         config: of the command.
@@ -39,8 +40,8 @@ def run(config: BenchConfig, step: str) -> SuiteResult:
         for way in bench.compile
     ]
     with Fleet([*ours, *programs(MODELS, bench.peers)], threads_of(config.threads), config.timeout_s) as fleet:
-        rows = [row for shape in bench.shapes for row in rows_of(fleet, config, bench, shape)]
-    return SuiteResult("model", ABOUT, f"{DENSE} {bench.compile[0]}", tuple(rows))
+        timed = (rows_of(fleet, config, bench, shape) for shape in bench.shapes)
+        yield from growing("model", ABOUT, f"{DENSE} {bench.compile[0]}", timed)
 
 
 def rows_of(fleet: Fleet, config: BenchConfig, bench: ModelBench, shape: Shape) -> list[Row]:

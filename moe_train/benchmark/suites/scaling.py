@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from moe_train.benchmark.allocators import num_cores
 from moe_train.benchmark.curves import CURVES, Curve, Point, middle_of, points_of
 from moe_train.benchmark.ranks import rank_environment, ranks
-from moe_train.benchmark.results import VARIANT, Row, SuiteResult
+from moe_train.benchmark.results import VARIANT, Row, SuiteResult, growing
 from moe_train.benchmark.timing import Timed, Times, VariantError, interleave
 from moe_train.benchmark.workers import Together, Worker, WorkerError
 from moe_train.config.bench import BenchConfig, ScalingBench
@@ -23,11 +23,11 @@ LINEAR_WITHIN = 0.15
 """Cost per token may differ by this share between numbers of tokens."""
 
 
-def run(config: BenchConfig) -> SuiteResult:
-    """Time the points of every curve, each curve's in turn."""
+def run(config: BenchConfig) -> Iterator[SuiteResult]:
+    """Time the points of every curve, each curve's in turn; yield what is known after each curve."""
     bench = config.bench
     assert isinstance(bench, ScalingBench), "the door chooses the suite by its kind"
-    rows = [row for curve in CURVES for row in rows_of(config, bench, curve)]
+    timed = (rows_of(config, bench, curve) for curve in CURVES)
     about = (
         f"Forward and backward, D={bench.dim}, K={bench.top_k}, F={bench.expert_dim}, {config.precision}. E: experts "
         "of a layer at equal active FLOPs; T: tokens per call; S: positions per sequence of a whole block; EP: as many "
@@ -35,7 +35,7 @@ def run(config: BenchConfig) -> SuiteResult:
         f"T={middle_of(bench.tokens)}, {config.threads or num_cores()} thread(s). Cost per token is relative to the "
         "curve's middle, that of EP to its first: medians over rounds of the quotient within a round."
     )
-    return SuiteResult("scaling", about, "", tuple(rows))
+    yield from growing("scaling", about, "", timed)
 
 
 def rows_of(config: BenchConfig, bench: ScalingBench, curve: Curve) -> list[Row]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_train.benchmark.model_case import ModelCase
+from moe_train.benchmark.results import finished
 from moe_train.benchmark.suites.cluster import run, sizes_of, variant_of
 from moe_train.benchmark.timing import Here
 from moe_train.benchmark.whole_step import Exchanged, Metered, share
@@ -29,7 +30,7 @@ CONFIG = BenchConfig(bench=SMALL, rounds=2, warmup=1, precision="fp32", threads=
 
 
 def test_one_process_and_two() -> None:
-    result = run(CONFIG, STEP)
+    result = finished(run(CONFIG, STEP))
     alone, both = result.rows
     assert [row.variant for row in result.rows] == ["1 process, 1 thread", "2 processes, 1 thread, EP=2"]
     assert alone.note == both.note == ""

@@ -9,6 +9,7 @@ import pytest
 
 from moe_train.benchmark.journeys import ways_of
 from moe_train.benchmark.ranks import rank_environment, ranks
+from moe_train.benchmark.results import finished
 from moe_train.benchmark.suites import exchange
 from moe_train.benchmark.suites.exchange import byte_note, run
 from moe_train.benchmark.workers import WorkerError
@@ -33,13 +34,13 @@ def check(result, num_rows: int, error: float) -> None:
 
 
 def test_two_ranks() -> None:
-    check(run(suite_of()), num_rows=2 * 2 * 2, error=1e-6)
+    check(finished(run(suite_of())), num_rows=2 * 2 * 2, error=1e-6)
 
 
 @pytest.mark.slow
 def test_four_ranks_in_two_nodes_with_layers_on_a_slow_network() -> None:
     keys = {"ranks": 4, "node_size": 2, "layer": True, "shared": True, "latency_ms": 5.0, "routing": ("zipf",)}
-    result = run(suite_of(**keys))
+    result = finished(run(suite_of(**keys)))
     check(result, num_rows=3 * 2 * 2, error=1e-6)
     by_variant = {row.variant: row for row in result.rows if row.labels["work"] == "tokens only"}
     straight, through = by_variant["alltoall, 1 part"], by_variant["hierarchical, 1 part"]
@@ -72,7 +73,7 @@ def test_bytes_that_differ_are_noted() -> None:
 
 def test_a_suite_whose_ranks_fail_says_so(monkeypatch) -> None:
     monkeypatch.setattr(exchange, "BUILDER", "moe_train.benchmark.journeys:no_such_builder")
-    result = run(suite_of(ranks=1))
+    result = finished(run(suite_of(ranks=1)))
     assert len(result.rows) == len(ways_of(SMALL)) and all(row.times is None for row in result.rows)
     assert all("no_such_builder" in row.note for row in result.rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_train.benchmark.curves import CURVES, Point, middle_of, points_of, shape_of
+from moe_train.benchmark.results import finished
 from moe_train.benchmark.suites.scaling import REFERENCE, RELATIVE, X, row_of, rows_of, run
 from moe_train.benchmark.timing import Times
 from moe_train.config.bench import BenchConfig, ScalingBench
@@ -24,7 +25,7 @@ def test_whole_blocks_and_ranks() -> None:
 
 @pytest.mark.slow
 def test_every_curve_on_tiny_layers() -> None:
-    result = run(CONFIG)
+    result = finished(run(CONFIG))
     assert [row.variant for row in result.rows] == [
         "E=4",
         "E=8",
