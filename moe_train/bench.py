@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,15 +46,15 @@ def main(config: BenchConfig) -> None:
 
     from moe_train.benchmark.table import as_console, write
 
-    result = measured(config)
-    record, table = write(result, config, Path(config.out).expanduser())
+    for result in measured(config):  # what is known is on disk after each case
+        record, table = write(result, config, Path(config.out).expanduser())
     console = Console()
     console.print(as_console(result, with_facts=console.width >= WIDE))
     print(f"every single time: {record}\ntable: {table}")  # noqa: T201
 
 
-def measured(config: BenchConfig) -> SuiteResult:
-    """Run the suite that the configuration names."""
+def measured(config: BenchConfig) -> Iterator[SuiteResult]:
+    """Run the suite that the configuration names; yield what is known after each case."""
     from moe_train.benchmark.suites import cluster, exchange, layer, model, scaling
 
     match config.bench.kind:
@@ -102,12 +102,12 @@ def alone(config: TrainConfig, vocab_size: int) -> tuple[Mesh, Engine]:
 def on_ranks(config: TrainConfig, world: World, vocab_size: int) -> tuple[Mesh, Engine]:
     """Build model and optimizer as the trainer does. Collective."""
     from moe_train.dist.mesh import build_mesh
-    from moe_train.moe.exchange import exchange_for
+    from moe_train.models.exchange import model_exchange
     from moe_train.parallel.build import build_engine
     from moe_train.training.optim import build_optimizer
 
-    mesh, ffn = build_mesh(world, config.parallel.ep), config.model.ffn
-    exchange = exchange_for(mesh, ffn.num_experts, False, config.parallel, ffn.top_k)
+    mesh = build_mesh(world, config.parallel.ep)
+    exchange = model_exchange(mesh, config.model, config.parallel)
     make_optimizer = functools.partial(build_optimizer, config=config.optim)
     return mesh, build_engine(config, mesh, world, exchange, vocab_size, make_optimizer, None)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from moe_train.config.process import settle
+
+if __name__ == "__main__":
+    settle("moe_train.evaluate")  # before anything slow is imported: it may start this process anew
+
 import json
 from pathlib import Path
 
@@ -19,7 +24,7 @@ def main(config: EvaluateConfig) -> None:
 
     with world_from_environment(config.parallel.timeout_s) as world:
         run_dir = Path(config.run.dir).expanduser()
-        trained = load_trained(run_dir, config.checkpoint, config.parallel, world)
+        trained = load_trained(run_dir, config.checkpoint, config.parallel, world, config.inference)
         train = trained.config.train
         corpus = open_corpus(trained.config.data, trained.config.tokenizer, world.leader_first)
         rows = max(1, (train.micro_batch or train.global_batch) // world.size)
@@ -29,6 +34,7 @@ def main(config: EvaluateConfig) -> None:
         figures = evaluate(trained.model, corpus.heldout, world, trained.mesh, trained.config.data.seq_len, rows, limit)
         if world.is_leader:
             print(json.dumps({"step": trained.checkpoint.step, **figures}, indent=1))  # noqa: T201
+        trained.tell_traffic(world)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from moe_train.config.process import settle
+
+if __name__ == "__main__":
+    settle("moe_train.generate")  # before anything slow is imported: it may start this process anew
+
 from pathlib import Path
 
 from moe_train.config.door import door
@@ -17,14 +22,16 @@ def main(config: GenerateConfig) -> None:
 
     with world_from_environment(config.parallel.timeout_s) as world:
         run_dir = Path(config.run.dir).expanduser()
-        trained = load_trained(run_dir, config.checkpoint, config.parallel, world)
+        trained = load_trained(run_dir, config.checkpoint, config.parallel, world, config.inference)
         tokenizer = trained.tokenizer
         # A text without a beginning starts like a document: after a boundary.
         prompt = tokenizer.encode(config.prompt) or [tokenizer.boundary_id]
         context = trained.config.data.seq_len
-        tokens = generate(trained.model, prompt, config.sample, tokenizer.boundary_id, context)
+        remember = config.inference.remember
+        tokens = generate(trained.model, prompt, config.sample, tokenizer.boundary_id, context, remember)
         if world.is_leader:
             print(config.prompt + tokenizer.decode(tokens))  # noqa: T201
+        trained.tell_traffic(world)
 
 
 if __name__ == "__main__":

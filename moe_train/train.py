@@ -83,6 +83,11 @@ def finish(folder: Path, step: int, final: dict[str, float], text: str) -> None:
             f"{final['bits_per_byte']:.3f} bits/byte (unigram entropy of the same tokens: "
             f"{final['unigram_bits_per_byte']:.3f})"
         )
+    if "loss_looking_ahead" in final:
+        lines.append(
+            f"with choices that know later tokens, which no generation makes: {final['loss_looking_ahead']:.4f} "
+            f"nats/token, {final['bits_per_byte_looking_ahead']:.3f} bits/byte"
+        )
     lines += [f"run:    {folder.resolve()}", f"report: {report.resolve()}"]
     print("\n".join(lines))  # noqa: T201
 

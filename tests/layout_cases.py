@@ -7,6 +7,7 @@ from layouts import Case
 OFF = ("balance.aux=null", "balance.z_loss=null")
 EIGHT = ("model.ffn.num_experts=8", "model.layers=1")
 TOP_1 = ("model.ffn.top_k=1",)
+ONE = ("model.layers=1",)
 V2 = ("router.scores=softmax", "router.group_score=max", "router.normalize=none")
 SEEN_BY_ROUTER = ("router.jitter=0.2", "router.expert_dropout=0.2")
 
@@ -151,6 +152,26 @@ MIXED = [
          (*router("base"), *TOP_1, "balance.aux=null"), text="one token per sequence", truth="one rank"),
 ]  # fmt: skip
 
+NOOP = ffn("num_noop_experts=2")
+IDLE = [
+    Case("no-op experts, topk, global reroute", (*NOOP, *factor(0.7, "scope=global", "reroute=true")),
+         padding="uneven"),
+    Case("no-op experts, topk, unnormalised, loss-free by sign, padded buffers in choice order, renormalised after",
+         (*NOOP, *router("topk", "normalize=none"), *loss("loss_free", "rate=0.1"),
+          *factor(0.7, "pad=true", "order=choice", "renormalize=after")), start_bias=0.3, padding="uneven"),
+    Case("no-op experts, sigmoid, loss-free by error, aux per sequence, shared expert, one module ahead",
+         (*NOOP, *router("sigmoid"), *SEEN_BY_ROUTER, *loss("loss_free", "rate=0.1", "update=error"),
+          *loss("aux", "scope=sequence"), *ffn("num_shared_experts=1"), *ahead(1), *ONE)),
+    Case("no-op experts, topk_softmax with bias", (*NOOP, *router("topk_softmax", "bias=true"), *ONE),
+         padding="whole ranks"),
+    Case("no-op experts, noisy_topk, importance and load, probability",
+         (*NOOP, *router("noisy_topk"), *loss("importance_load", "load_coef=0.3"),
+          *factor(0.8, "policy=probability")), padding="uneven"),
+    Case("no-op experts, switch, random", (*NOOP, *router("switch", "jitter=0.3"), *TOP_1,
+         *factor(0.8, "policy=random"))),
+]  # fmt: skip
+"""Tokens may choose to pass the experts by."""
+
 DEPENDS_ON_LAYOUT = [
     Case("capacity per rank, padded buffers, reroute",
          factor(0.7, "scope=rank", "pad=true", "policy=probability", "reroute=true"), padding="uneven"),
@@ -204,7 +225,6 @@ ARCHITECTURES = [
          (*ffn("num_experts=0", "activation=gelu"), *ahead(2, "coef=0.5"), "model.layers=1"), padding="whole ranks"),
 ]  # fmt: skip
 
-ONE = ("model.layers=1",)
 GRAPH = [
     Case("graph of networks as by default", (*ONE, *graph("ffn"))),
     Case("graph of blocks as the original: LayerNorm, biases, learned positions, own head",
@@ -230,7 +250,20 @@ GRAPH = [
     Case("graph of networks without messages", (*ONE, *graph("ffn", "max_neighbors=0", "layers=1"))),
     Case("graph of latent-attention blocks, only pooled", (*ONE, *MLA, *YARN, *graph("block", "layers=0"))),
 ]  # fmt: skip
+SWITCHHEAD = attention("kind=switchhead", "experts=4", "top_k=2", "head_dim=4", "expert_dropout=0.3", "scale=1.5")
+HEADS = [
+    Case("SwitchAll: experts in attention, sigma-MoE, entropy over the step on both",
+         (*SWITCHHEAD, *attention("entropy=0.1"), *router("sigmoid", "normalize=none", "expert_dropout=0.05"),
+          *ffn("activation=relu"), *loss("entropy", "coef=0.1"), *OFF), padding="uneven"),
+    Case("experts in attention alone, positions learned, one module ahead",
+         (*SWITCHHEAD, *ONE, *ffn("num_experts=0"), "model.positions=learned", "model.max_positions=6",
+          *ahead(1, "coef=0.6")), padding="uneven"),
+    Case("experts in attention and fewer in the layer, capacity, entropy per sequence, ranks without tokens",
+         (*SWITCHHEAD, *ONE, *attention("top_k=4", "expert_dropout=0.0", "yarn.factor=4.0", "entropy=0.2"),
+          *loss("entropy", "scope=sequence"), *factor(0.8)), padding="whole ranks"),
+]  # fmt: skip
+"""The second one's feed-forward network is dense; in the third a token takes all experts of each head."""
 ON_ALL_LAYOUTS = [*PLAIN, *GRAPH[:2]]
 """The others are run on a few of them."""
 
-CASES = [*PLAIN, *NO_LOSS, *MIXED, *ARCHITECTURES, *DEPENDS_ON_LAYOUT, *GRAPH]
+CASES = [*PLAIN, *NO_LOSS, *MIXED, *IDLE, *ARCHITECTURES, *DEPENDS_ON_LAYOUT, *GRAPH]

@@ -17,9 +17,10 @@ from moe_train.config.model import FFNConfig
 from moe_train.config.schema import TrainConfig
 from moe_train.data.loader import Batch
 from moe_train.dist.mesh import Mesh
+from moe_train.models.exchange import model_exchange
 from moe_train.models.initialise import initialise
 from moe_train.models.transformer import Transformer, build_model
-from moe_train.moe.exchange import LocalExchange, exchange_for
+from moe_train.moe.exchange import LocalExchange
 from moe_train.moe.layer import MoELayer
 from moe_train.moe.roles import Kind, roles_of
 from moe_train.parallel.engine import Engine, TorchEngine
@@ -70,7 +71,8 @@ class Case:
     def composed(self) -> TrainConfig:
         """Travels with the case to the ranks, which need not compose it again."""
         full = [f"model.ffn.{key}" if key.startswith(SECTIONS) else key for key in self.overrides]
-        heads = [] if "model.attention.kind=mla" in full else ["model.attention.kv_heads=1"]
+        is_other = any(key in full for key in ("model.attention.kind=mla", "model.attention.kind=switchhead"))
+        heads = [] if is_other else ["model.attention.kv_heads=1"]
         has_graph = any(key.startswith("model=graph_") for key in full)
         small = [key for key in SMALL if not (has_graph and key.startswith("model.ffn.balance."))]  # nothing is routed
         return compose_config("train", TrainConfig, lambda config: [], [*small, *heads, *full])
@@ -129,7 +131,7 @@ class Case:
 
 def counts_over(ffn: FFNConfig) -> str:
     """The tokens that the widest rule of a layer counts over, as far as these depend on the layout."""
-    balance = (ffn.balance.aux, ffn.balance.device, ffn.balance.communication)
+    balance = (ffn.balance.aux, ffn.balance.entropy, ffn.balance.device, ffn.balance.communication)
     scopes = {getattr(ffn.capacity, "scope", "sequence"), *(loss.scope for loss in balance if loss is not None)}
     if scopes & {"rank", "micro"}:
         return "rank"
@@ -161,7 +163,7 @@ def gathered(model: Transformer, mesh: Mesh, pick) -> dict[str, Tensor]:
 def torch_engine(mesh: Mesh, case: Case, precision: str) -> TorchEngine:
     """The product's own engine; it shards where the mesh does."""
     config = case.config()
-    exchange = exchange_for(mesh, config.model.ffn.num_experts, getattr(config.model.ffn.capacity, "pad", False))
+    exchange = model_exchange(mesh, config.model)
     model = case.prepare(build_model(config.model, VOCAB, exchange, precision, torch.device("cpu")))
     if mesh.sharding is not None:
         shard(model, mesh, torch.bfloat16 if precision == "bf16" else None)

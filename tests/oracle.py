@@ -3,7 +3,8 @@
 It shares only parameter values and the configuration with the product: no attention, rotary table, activation, layer
 pattern, router, random number, capacity plan, exchange, permutation, grouped product, balance sum, gradient buffer,
 schedule, fused optimizer or loss of its own. Its parts are `oracle_model`, `oracle_networks`, `oracle_attention`,
-`oracle_graph`, `oracle_tokens`, `oracle_routers`, `oracle_capacity` and `oracle_balance`.
+`oracle_heads`, `oracle_depth`, `oracle_graph`, `oracle_tokens`, `oracle_routers`, `oracle_capacity` and
+`oracle_balance`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from moe_train.models.transformer import Transformer
 
 __all__ = ["BOUNDARY", "IGNORE", "Split", "Truth", "train"]
 WHOLE = Split()
-VECTORS = re.compile(r"norm\.weight$|\.bias$|_bias_|sinks_H$|logits_E$|query_D$|adjacency\.logits_EE$")
+VECTORS = re.compile(r"norm\.weight$|\.bias$|_bias_|sinks_H$|logits_E$|query_D$|adjacency\.logits_EE$|\.weight_D$")
 """Names of parameters that do not decay: gains of norms, biases of every kind, sinks, weights and queries of a pooling;
-and logits of edges, whose natural rest is no edge, not half of one."""
+scores of tokens; and logits of edges, whose natural rest is no edge, not half of one."""
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Truth:
         norms: per step, the gradient norm before clipping.
         gradients: of the last step, clipped.
         weights: after the last step.
-        biases: of the routers after the last step, by name.
+        biases: and thresholds of the routers after the last step, by name.
     """
 
     figures: list[dict[str, object]] = field(default_factory=list)
@@ -79,13 +80,15 @@ def objective(config: TrainConfig, w: dict[str, Tensor], biases: dict[str, list[
         sums = [cross_entropy(logits, batch.labels_BS, k + 1) for k, logits in enumerate(ahead)]
         figures["mtp_loss"] = sum(value.item() for value, _ in sums) / sum(targets for _, targets in sums)
         total = total + module_weight * sum(value for value, _ in sums) / number
-    for depth, layer in layers.items():
+    values: dict[str, list[float]] = {}
+    for place, layer in layers.items():
         for name, (coefficient, value) in layer.losses(ffn).items():
-            weight = coefficient if depth < config.model.layers else coefficient * module_weight
+            weight = coefficient if place.depth < config.model.layers else coefficient * module_weight
             total = total + weight * value * layer.num_tokens / number  # those of a module are fewer
-            figures[name] = figures.get(name, 0.0) + value.item() / len(layers)
+            values.setdefault(name, []).append(value.item())
         for name, value in layer.figures(ffn).items():
-            figures[f"moe/layer_{depth:02d}/{name}"] = value
+            figures[f"moe/{place.name}/{name}"] = value
+    figures |= {name: sum(found) / len(found) for name, found in values.items()}
     return total, figures, layers
 
 
@@ -112,12 +115,21 @@ class AdamW:
 def move_biases(config: TrainConfig, biases: dict[str, list[float]], layers, figures, done: float) -> None:
     """Move them, unless it is too late for that, and report their range."""
     loss_free = config.model.ffn.balance.loss_free
-    for depth, layer in layers.items():
+    for place, layer in layers.items():
         name = f"{layer.name}.router.bias_E"
         if name in biases:
             if done < loss_free.freeze_after:
                 biases[name] = balance.moved_bias(loss_free, biases[name], layer.decisions)
-            figures[f"moe/layer_{depth:02d}/bias_range"] = max(biases[name]) - min(biases[name])
+            figures[f"moe/{place.name}/bias_range"] = max(biases[name]) - min(biases[name])
+
+
+def move_thresholds(config: TrainConfig, thresholds: dict[str, list[float]], layers) -> None:
+    """Move those of experts that take tokens."""
+    for layer in layers.values():
+        name = f"{layer.name}.router.threshold_E"
+        if name in thresholds:
+            decay = config.model.ffn.router.decay
+            thresholds[name] = balance.moved_threshold(decay, thresholds[name], layer.tokens, layer.decisions)
 
 
 def train(
@@ -130,6 +142,7 @@ def train(
     """Train the parameter values of ``model`` (which holds all experts) for some steps of plain AdamW."""
     w = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     biases = {name: b.tolist() for name, b in model.named_buffers() if name.endswith("bias_E")}
+    thresholds = {name: b.tolist() for name, b in model.named_buffers() if name.endswith("threshold_E")}
     truth, optimizer = Truth(), AdamW(w, config.optim)
     for step, ((ids_BS, labels_BS), rate) in enumerate(zip(batches, rates, strict=True)):
         batch, done = Batch(ids_BS, labels_BS, split, derived(config.run.seed, step)), step / config.train.steps
@@ -141,11 +154,12 @@ def train(
         truth.gradients = {n: g * scale for n, g in gradients.items()}
         optimizer.step(w, truth.gradients, rate)
         move_biases(config, biases, layers, figures, done)
-        for depth, layer in layers.items():
+        move_thresholds(config, thresholds, layers)
+        for place, layer in layers.items():
             moved = layer.figures_after_step(config.model.ffn, w)
-            figures |= {f"moe/layer_{depth:02d}/{key}": value for key, value in moved.items()}
+            figures |= {f"moe/{place.name}/{key}": value for key, value in moved.items()}
         truth.figures.append(figures)
         truth.norms.append(size)
     truth.weights = {n: p.detach() for n, p in w.items()}
-    truth.biases = {n: torch.tensor(b, dtype=torch.float64) for n, b in biases.items()}
+    truth.biases = {n: torch.tensor(b, dtype=torch.float64) for n, b in (biases | thresholds).items()}
     return truth

@@ -51,16 +51,16 @@ def grown(yarn, a: float) -> float:
     return 1 + a * math.log(yarn.factor) / 10
 
 
-def turn(x_BW: Tensor, position: int, config) -> Tensor:
-    """Pair i is (i, i + W/2)."""
+def turn(x_BW: Tensor, position: int | Tensor, config) -> Tensor:
+    """Pair i is (i, i + W/2); each sequence may be at a position of its own."""
     width = x_BW.shape[1]
     size = grown(config.yarn, config.yarn.mscale) / grown(config.yarn, config.yarn.mscale_all_dim) if config.yarn else 1
     turned: list = [None] * width
     for i in range(width // 2):
-        phi = position * angle(i, width, config)
+        phi = torch.as_tensor(position * angle(i, width, config), dtype=torch.float64)
         a_B, b_B = x_BW[:, i], x_BW[:, i + width // 2]
-        turned[i] = size * (a_B * math.cos(phi) - b_B * math.sin(phi))
-        turned[i + width // 2] = size * (a_B * math.sin(phi) + b_B * math.cos(phi))
+        turned[i] = size * (a_B * phi.cos() - b_B * phi.sin())
+        turned[i + width // 2] = size * (a_B * phi.sin() + b_B * phi.cos())
     return torch.stack(turned, dim=1)
 
 
@@ -76,7 +76,7 @@ def heads_of(x_BN: Tensor, num: int) -> list[Tensor]:
     return list(x_BN.chunk(num, dim=1))
 
 
-def grouped_query(model, w: dict[str, Tensor], layer: int, x_BSD: Tensor) -> Tensor:
+def grouped_query(model, w: dict[str, Tensor], layer: int, x_BSD: Tensor, places) -> Tensor:
     config = model.attention
     groups = config.kv_heads or model.heads
     width = config.head_dim or model.dim // model.heads
@@ -92,7 +92,7 @@ def grouped_query(model, w: dict[str, Tensor], layer: int, x_BSD: Tensor) -> Ten
 
     def placed(x_BW: Tensor, position: int) -> Tensor:
         """Learned positions are in the tokens already."""
-        return turn(x_BW, position, config) if model.positions == "rotary" else x_BW
+        return turn(x_BW, places[position], config) if model.positions == "rotary" else x_BW
 
     queries, keys, values = [], [], []
     for s, x_BD in enumerate(x_BSD.unbind(1)):
@@ -113,7 +113,7 @@ def grouped_query(model, w: dict[str, Tensor], layer: int, x_BSD: Tensor) -> Ten
     return torch.stack(out, dim=1)
 
 
-def latent(model, w: dict[str, Tensor], x_BSD: Tensor) -> Tensor:
+def latent(model, w: dict[str, Tensor], x_BSD: Tensor, places) -> Tensor:
     config = model.attention
     nope, rope = config.nope_dim, config.rope_dim
     scale = 1 / math.sqrt(nope + rope)
@@ -131,14 +131,16 @@ def latent(model, w: dict[str, Tensor], x_BSD: Tensor) -> Tensor:
         kv_BN = norm(small_BN, w["kv_norm.weight"], 1e-6) @ w["kv_up.weight"].t()
         parts = []
         for h, (q_BW, kv_BW) in enumerate(zip(heads_of(q_BN, model.heads), heads_of(kv_BN, model.heads), strict=True)):
-            keys[h].append(torch.cat([kv_BW[:, :nope], turn(shared_BW, s, config)], dim=1))
+            keys[h].append(torch.cat([kv_BW[:, :nope], turn(shared_BW, places[s], config)], dim=1))
             values[h].append(kv_BW[:, nope:])
-            query_BW = torch.cat([q_BW[:, :nope], turn(q_BW[:, nope:], s, config)], dim=1)
+            query_BW = torch.cat([q_BW[:, :nope], turn(q_BW[:, nope:], places[s], config)], dim=1)
             parts.append(look(query_BW, keys[h], values[h], scale, None))
         out.append(torch.cat(parts, dim=1) @ w["out.weight"].t())
     return torch.stack(out, dim=1)
 
 
-def attention(model, w: dict[str, Tensor], layer: int, x_BSD: Tensor) -> Tensor:
-    """One layer's attention, ``w`` being its own parameters."""
-    return latent(model, w, x_BSD) if model.attention.kind == "mla" else grouped_query(model, w, layer, x_BSD)
+def attention(model, w: dict[str, Tensor], layer: int, x_BSD: Tensor, places=None) -> Tensor:
+    """One layer's attention, ``w`` being its own parameters; ``places``: position (or one per sequence) by column."""
+    places = range(x_BSD.shape[1]) if places is None else places
+    kind = model.attention.kind
+    return latent(model, w, x_BSD, places) if kind == "mla" else grouped_query(model, w, layer, x_BSD, places)

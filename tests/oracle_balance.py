@@ -79,9 +79,23 @@ def z_loss(decisions: list[Decision]) -> Tensor:
     return sum(torch.log(torch.exp(d.logits_E).sum()) ** 2 for d in decisions) / len(decisions)
 
 
+def entropy_loss(tokens: list[Token], decisions: list[Decision], scope: str, heads: int = 1) -> Tensor:
+    """Σ p·log p of the mean softmax of each group's logits, weighted by its tokens; of each head's experts alone."""
+    total = torch.zeros((), dtype=torch.float64)
+    for members in by_group(tokens, SCOPES[scope]):
+        for h in range(heads):
+            shares = []
+            for t in members:
+                own_E = torch.exp(decisions[t].logits_E.chunk(heads)[h])
+                shares.append(own_E / own_E.sum())
+            mean_E = sum(shares) / len(members)
+            total = total + len(members) * (mean_E * torch.log(mean_E)).sum()
+    return total / len(tokens)
+
+
 def losses(ffn, tokens: list[Token], decisions: list[Decision]) -> dict[str, tuple[float, Tensor]]:
     """Coefficient and value of each loss of a layer; what is only reported has coefficient 0."""
-    balance, num_experts = ffn.balance, ffn.num_experts
+    balance, num_experts = ffn.balance, ffn.num_experts + ffn.num_noop_experts
     aux = balance.aux
     aux_value = aux_loss(num_experts, tokens, decisions, aux.scope if aux else "global")
     found = {
@@ -91,6 +105,9 @@ def losses(ffn, tokens: list[Token], decisions: list[Decision]) -> dict[str, tup
     if balance.importance_load:
         found["importance_loss"] = balance.importance_load.importance_coef, importance_loss(num_experts, decisions)
         found["load_loss"] = balance.importance_load.load_coef, load_loss(num_experts, decisions)
+    if balance.entropy:
+        value = entropy_loss(tokens, decisions, balance.entropy.scope)
+        found["entropy_loss"] = balance.entropy.coef, value
     if balance.device:
         value = aux_loss(num_experts, tokens, decisions, balance.device.scope, balance.device.devices)
         found["device_loss"] = balance.device.coef, value
@@ -110,10 +127,27 @@ def moved_bias(config, bias: list[float], decisions: list[Decision]) -> list[flo
     return moved
 
 
-def layer_figures(num_experts: int, decisions: list[Decision], placed: Placed) -> dict[str, object]:
+def moved_threshold(
+    decay: float, threshold: list[float], tokens: list[Token], decisions: list[Decision]
+) -> list[float]:
+    """The running mean of the scores of the last tokens taken of each sequence, after an optimizer step."""
+    moved = []
+    for e, old in enumerate(threshold):
+        taken = [
+            [decisions[t].ranking[e] for t in members if decisions[t].chosen[e]]
+            for members in by_group(tokens, "sequence")
+        ]
+        last = [min(scores) for scores in taken if scores]
+        mean = sum(last) / len(last) if last else old
+        moved.append(decay * old + (1 - decay) * mean if old > 0 else mean)
+    return moved
+
+
+def layer_figures(num_experts: int, decisions: list[Decision], placed: Placed, num_noops: int = 0) -> dict[str, object]:
     """What is reported of a layer."""
-    counts = counts_of([d.taken for d in decisions], num_experts).tolist()
+    counts = counts_of([d.taken for d in decisions], num_experts + num_noops).tolist()
     assignments = sum(counts)
+    noop_share = {"noop_share": sum(counts[num_experts:]) / assignments} if num_noops else {}
     entropy = 0.0
     for decision in decisions:
         entropy -= sum(p * math.log(p) for p in decision.probabilities_E.tolist() if p > 0)
@@ -125,7 +159,8 @@ def layer_figures(num_experts: int, decisions: list[Decision], placed: Placed) -
         "dropped_device_fraction": placed.dropped_device / assignments,
         "dropped_router_fraction": placed.dropped_router / assignments,
         "rerouted_fraction": placed.rerouted / assignments,
-        "max_violation": max(counts) / assignments * num_experts - 1,
+        "max_violation": max(counts) / assignments * len(counts) - 1,
         "entropy": entropy / len(decisions),
-        "dead_experts": sum(count == 0 for count in counts),
+        "dead_experts": sum(count == 0 for count in counts[:num_experts]),
+        **noop_share,
     }

@@ -43,17 +43,20 @@ class Placed:
     rerouted: int = 0
 
 
-def place_assignments(config, num_experts: int, top_k: int, tokens: list[Token], decisions: list[Decision]) -> Placed:
-    """Apply the capacity rule of training."""
+def place_assignments(
+    config, num_experts: int, top_k: int, tokens: list[Token], decisions: list[Decision], num_noops: int = 0
+) -> Placed:
+    """Apply the capacity rule of training. Experts from ``num_experts`` on do nothing: nobody is a candidate there."""
     candidates = [
         Assignment(t, k, d.experts[k])
         for t, d in enumerate(decisions)
         for k in range(len(d.experts))
-        if d.chosen[k] and not d.declined[k]
+        if d.chosen[k] and not d.declined[k] and d.experts[k] < num_experts
     ]
     placed = Placed([[] for _ in tokens], dropped_router=sum(sum(d.declined) for d in decisions))
     if config.kind == "factor":
-        limit_experts(config, num_experts, top_k, tokens, decisions, candidates)
+        share = top_k / (num_experts + num_noops)
+        limit_experts(config, num_experts, share, tokens, decisions, candidates)
         placed.dropped_capacity = sum(not a.kept for a in candidates)
         placed.rerouted = sum(a.rerouted for a in candidates)
     if config.kind == "device":
@@ -73,8 +76,8 @@ def place_assignments(config, num_experts: int, top_k: int, tokens: list[Token],
     return placed
 
 
-def limit_experts(config, num_experts, top_k, tokens, decisions, candidates: list[Assignment]) -> None:
-    """Each expert takes the first of its queue."""
+def limit_experts(config, num_experts, share, tokens, decisions, candidates: list[Assignment]) -> None:
+    """Each expert takes the first of its queue; balanced it would have that share of the tokens."""
 
     def rank(a: Assignment) -> tuple:
         decision, token = decisions[a.token], tokens[a.token]
@@ -88,7 +91,7 @@ def limit_experts(config, num_experts, top_k, tokens, decisions, candidates: lis
     for members in by_group(tokens, SCOPES[config.scope]):
         inside = set(members)
         group = [a for a in candidates if a.token in inside]
-        wanted = max(config.minimum, math.ceil(config.factor * len(members) * top_k / num_experts))
+        wanted = max(config.minimum, math.ceil(config.factor * len(members) * share))
         limit = min(len(members), wanted)
         for e in range(num_experts):
             for a in sorted((a for a in group if a.expert == e), key=rank)[limit:]:

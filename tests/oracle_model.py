@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import oracle_balance as balance
 import torch
 from oracle_attention import attention, linear
 from oracle_capacity import Placed, place_assignments
+from oracle_depth import deep_block, is_deep
 from oracle_graph import GraphLayer, graph
+from oracle_heads import switchhead
 from oracle_networks import network, normed, own
 from oracle_routers import Decision, Router, route, sigmoid
 from oracle_tokens import Token, derived
@@ -40,6 +43,7 @@ class Batch:
     labels_BS: Tensor
     split: Split
     seed: int
+    places = None
 
     def is_valid(self, sequence: int, position: int) -> bool:
         return self.labels_BS[sequence, position].item() != IGNORE
@@ -56,6 +60,17 @@ class Batch:
         groups = {"step": 0, "pass": number, "rank": part, "sequence": sequence}
         seed = derived(self.seed, depth)
         return Token(x_D, self.ids_BS[sequence, position + later].item(), sequence, position, length, groups, seed)
+
+
+class Where(NamedTuple):
+    """Which layer of the model: the depth of its block, and its part of that if it is not the feed-forward one."""
+
+    depth: int
+    part: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"layer_{self.depth:02d}_{self.part}" if self.part else f"layer_{self.depth:02d}"
 
 
 @dataclass
@@ -76,10 +91,39 @@ class Layer:
         return balance.losses(ffn, self.tokens, self.decisions)
 
     def figures(self, ffn) -> dict[str, object]:
-        return balance.layer_figures(ffn.num_experts, self.decisions, self.placed)
+        return balance.layer_figures(ffn.num_experts, self.decisions, self.placed, ffn.num_noop_experts)
 
     def figures_after_step(self, ffn, w: dict[str, Tensor]) -> dict[str, object]:
         return {}
+
+
+@dataclass
+class HeadLayer(Layer):
+    """One side of attention with experts: one loss, and experts of its own number."""
+
+    model: object
+
+    def losses(self, ffn) -> dict[str, tuple[float, Tensor]]:
+        config = self.model.attention
+        value = balance.entropy_loss(self.tokens, self.decisions, "global", self.model.heads)
+        return {"entropy_loss": (config.entropy, value)}
+
+    def figures(self, ffn) -> dict[str, object]:
+        return balance.layer_figures(self.model.heads * self.model.attention.experts, self.decisions, self.placed)
+
+
+def attend(model, w: dict[str, Tensor], name: str, x_BSD: Tensor, batch: Batch, depth: int, later: int):
+    """What attention of any kind makes of normed tokens, and what happened on its sides if it has experts."""
+    own_w = own(w, name)
+    if model.attention.kind != "switchhead":
+        return attention(model, own_w, depth, x_BSD, batch.places), {}
+    places = [(b, s) for b in range(x_BSD.shape[0]) for s in range(x_BSD.shape[1]) if batch.is_valid(b, s + later)]
+    y_BSD, sides = switchhead(model, own_w, x_BSD, [batch.token(x_BSD[b, s], b, s, depth, later) for b, s in places])
+    layers = {}
+    for side, (tokens, decisions) in sides.items():
+        placed = Placed([[(e, None) for e in d.experts] for d in decisions])
+        layers[Where(depth, side)] = HeadLayer(f"{name}.{side}", tokens, decisions, placed, model)
+    return y_BSD, layers
 
 
 def shared_experts(ffn, w: dict[str, Tensor], x_BSD: Tensor) -> Tensor:
@@ -91,17 +135,19 @@ def moe(ffn, w: dict[str, Tensor], name: str, bias: list[float] | None, x_BSD: T
     """All sequences through one MoE layer: its output and what happened."""
     places = [(b, s) for b in range(x_BSD.shape[0]) for s in range(x_BSD.shape[1])]
     x = dict(zip(places, x_BSD.flatten(0, 1).unbind(), strict=True))
-    tokens = [batch.token(x[b, s], b, s, depth, later) for b, s in places if batch.is_valid(b, s + later)]
-    decisions = route(Router(ffn.router, ffn.num_experts, ffn.top_k, own(w, "router"), bias), tokens)
-    placed = place_assignments(ffn.capacity, ffn.num_experts, ffn.top_k, tokens, decisions)
+    meant = [(b, s) for b, s in places if batch.is_valid(b, s + later)]
+    tokens = [batch.token(x[b, s], b, s, depth, later) for b, s in meant]
+    num_choices = ffn.num_experts + ffn.num_noop_experts
+    decisions = route(Router(ffn.router, num_choices, ffn.top_k, own(w, "router"), bias), tokens)
+    placed = place_assignments(ffn.capacity, ffn.num_experts, ffn.top_k, tokens, decisions, ffn.num_noop_experts)
     experts = {key: value.unbind() for key, value in own(w, "experts").items()}
     kind = ffn.expert_activation or ffn.activation
     y = {place: torch.zeros_like(x_D) for place, x_D in x.items()}
-    for token, outputs in zip(tokens, placed.outputs, strict=True):
+    for place, outputs in zip(meant, placed.outputs, strict=True):
         for e, weight in outputs:
             up_bias, down_bias = (experts[key][e] if ffn.expert_bias else 0.0 for key in BIASES)
-            y_D = network(kind, token.x_D, experts["gate_up_LDF2"][e], experts["down_LFD"][e], up_bias) + down_bias
-            y[token.sequence, token.position] += weight * y_D
+            y_D = network(kind, x[place], experts["gate_up_LDF2"][e], experts["down_LFD"][e], up_bias) + down_bias
+            y[place] += weight * y_D
     y_BSD = torch.stack(list(y.values())).view_as(x_BSD)
     if ffn.num_shared_experts:
         y_BSD = y_BSD + shared_experts(ffn, own(w, "shared"), x_BSD)
@@ -148,21 +194,41 @@ def coupled_networks(model, w: dict[str, Tensor], name: str, x_BSD: Tensor, batc
     return graph(model, w, name, x_BSD, outputs, batch.valid(later))
 
 
+def has_experts(ffn, depth: int) -> bool:
+    """Whether the feed-forward part of a block has some."""
+    return ffn.num_experts > 0 and depth >= ffn.first_dense and depth % ffn.every == ffn.every - 1
+
+
 def block(model, w: dict[str, Tensor], name: str, biases, x_BSD: Tensor, batch: Batch, depth: int, later: int = 0):
-    """One block, and what happened in it if it has experts."""
+    """One block, and what happened in its layers with experts."""
     ffn, own_w = model.ffn, own(w, name)
-    if not (ffn.num_experts > 0 and depth >= ffn.first_dense and depth % ffn.every == ffn.every - 1):
-        return dense_block(model, ffn.activation, own_w, depth, x_BSD), None
-    if ffn.graph is not None and ffn.graph.expert == "block":
-        return coupled_blocks(model, w, name, x_BSD, batch, depth, later)
-    x_BSD = x_BSD + attention(model, own(own_w, "attention"), depth, normed(model, own_w, "attention_norm", x_BSD))
+    if ffn.graph is not None and ffn.graph.expert == "block" and has_experts(ffn, depth):
+        x_BSD, layer = coupled_blocks(model, w, name, x_BSD, batch, depth, later)
+        return x_BSD, {Where(depth): layer}
+    normed_BSD = normed(model, own_w, "attention_norm", x_BSD)
+    attended_BSD, layers = attend(model, w, f"{name}.attention", normed_BSD, batch, depth, later)
+    x_BSD = x_BSD + attended_BSD
     normed_BSD, ffn_w = normed(model, own_w, "ffn_norm", x_BSD), own(own_w, "ffn")
+    if not has_experts(ffn, depth):
+        return x_BSD + dense_network(ffn.activation, ffn_w, normed_BSD), layers
     if ffn.graph is not None:
         y_BSD, layer = coupled_networks(model, ffn_w, f"{name}.ffn", normed_BSD, batch, later)
     else:
         bias = biases.get(f"{name}.ffn.router.bias_E")
         y_BSD, layer = moe(ffn, ffn_w, f"{name}.ffn", bias, normed_BSD, batch, depth, later)
-    return x_BSD + y_BSD, layer
+    return x_BSD + y_BSD, layers | {Where(depth): layer}
+
+
+def any_block(model, w: dict[str, Tensor], name: str, biases, x_BSD: Tensor, batch: Batch, depth: int):
+    """One of the model's own blocks, whether all tokens pass it or some."""
+    if not is_deep(model, depth):
+        return block(model, w, name, biases, x_BSD, batch, depth)
+
+    def plain(x_BCD: Tensor, some):
+        return block(model, w, f"{name}.block", biases, x_BCD, some, depth)
+
+    x_BSD, layer, layers = deep_block(model, w, name, x_BSD, batch, plain)
+    return x_BSD, {Where(depth, "depth"): layer, **layers}
 
 
 def embedded(w: dict[str, Tensor], ids_BS: Tensor) -> Tensor:
@@ -173,13 +239,14 @@ def embedded(w: dict[str, Tensor], ids_BS: Tensor) -> Tensor:
 
 def forward(model, w: dict[str, Tensor], biases: dict[str, list[float]], batch: Batch):
     """Logits of the whole batch, first the model's, then those of each module, which ends where the text does; and the
-    layers with experts by depth."""
+    layers with experts by place."""
     head = w.get("head.weight", w["embedding_VD"]).t()
     head_bias = w.get("head.bias", 0.0)
-    found: dict[int, Layer | GraphLayer | None] = {}
+    found: dict[Where, Layer | GraphLayer] = {}
     x_BSD = embedded(w, batch.ids_BS)
     for depth in range(model.layers):
-        x_BSD, found[depth] = block(model, w, f"blocks.{depth}", biases, x_BSD, batch, depth)
+        x_BSD, layers = any_block(model, w, f"blocks.{depth}", biases, x_BSD, batch, depth)
+        found |= layers
     x_BSD = normed(model, w, "norm", x_BSD)
     logits = [x_BSD @ head + head_bias]
     for k in range(model.mtp.depth):
@@ -188,7 +255,8 @@ def forward(model, w: dict[str, Tensor], biases: dict[str, list[float]], batch: 
         seen_BSD = normed(model, module, "embedding_norm", embedded(w, batch.ids_BS[:, later:]))
         x_BSD = normed(model, module, "hidden_norm", x_BSD[:, :-1])
         x_BSD = linear(torch.cat([seen_BSD, x_BSD], dim=2), module, "project")
-        x_BSD, found[depth] = block(model, w, f"mtp.{k}.block", biases, x_BSD, batch, depth, later)
+        x_BSD, layers = block(model, w, f"mtp.{k}.block", biases, x_BSD, batch, depth, later)
+        found |= layers
         x_BSD = normed(model, module, "norm", x_BSD)
         logits.append(x_BSD @ head + head_bias)
-    return logits, {depth: layer for depth, layer in found.items() if layer is not None}
+    return logits, found

@@ -14,9 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from moe_train.dist.comm import METER
 from moe_train.dist.mesh import Mesh
+from moe_train.models.exchange import model_exchange
 from moe_train.models.transformer import Transformer, build_model
-from moe_train.moe.capacity import is_padded
-from moe_train.moe.exchange import exchange_for
 from moe_train.parallel.engine import TorchEngine
 from moe_train.parallel.remat import Remat, apply_remat
 from moe_train.parallel.shard import shard
@@ -47,7 +46,7 @@ class Ran:
 def model_of(case: Case, mesh: Mesh, precision: str) -> Transformer:
     """The model of a case with values, on a layout."""
     config = case.config()
-    exchange = exchange_for(mesh, config.model.ffn.num_experts, is_padded(config.model.ffn.capacity))
+    exchange = model_exchange(mesh, config.model)
     return case.prepare(build_model(config.model, VOCAB, exchange, precision, torch.device("cpu")))
 
 

@@ -36,8 +36,9 @@ def unused_problems(config: TrainConfig) -> Iterator[Problem]:
     if parallel.zero_stage != type(parallel).model_fields["zero_stage"].default:
         remedy = "set parallel.engine=deepspeed, or leave it out and shard with parallel.dp_shard"
         yield Problem("parallel.zero_stage", parallel.zero_stage, rule, remedy)
-    if parallel.offload:
-        yield Problem("parallel.offload", True, rule, "set parallel.engine=deepspeed, or leave it out")
+    if parallel.offload and parallel.dp_shard == 1:
+        rule = "parallel.engine is torch, which keeps shards in the host's memory, and parallel.dp_shard=1 makes none"
+        yield Problem("parallel.offload", True, rule, "set parallel.dp_shard, or parallel.engine=deepspeed")
 
 
 def installation_problems() -> Iterator[Problem]:

@@ -11,9 +11,10 @@ class OffloadConfig(Strict):
     """Experts that stay on disk, and those of them that are kept in memory."""
 
     cached: PositiveInt = 8
-    """Experts of each layer that are kept in memory: those used most."""
+    """Experts of each layer that are kept in memory, on each rank: those used most. One more is on its way through."""
     folder: str | None = None
-    """Where experts lie one by one, memory-mapped; null: experts/ in the run's folder. Written on first use."""
+    """Where experts lie one by one, on a disk that all ranks share; null: experts/ in the run's folder. Written on first
+    use, and anew for another checkpoint."""
 
 
 class InferenceConfig(Strict):
@@ -23,4 +24,5 @@ class InferenceConfig(Strict):
     """Leaves routed experts on disk, for models larger than memory; null: everything is in memory."""
     remember: bool = True
     """Whether keys and values of earlier tokens are kept while a text is continued; false: each token reads the whole
-    text again."""
+    text again. So it does where the text is longer than data.seq_len, with experts that are whole blocks, and with
+    capacity.eval_factor."""

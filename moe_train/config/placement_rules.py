@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_train.config.routing import DeviceCapacityConfig, FactorCapacityConfig
+from moe_train.config.routing import DeviceCapacityConfig, FactorCapacityConfig, HierarchicalRouterConfig
 from moe_train.config.schema import TrainConfig
 from moe_train.errors import Problem
 
@@ -24,6 +24,9 @@ def placement_problems(config: TrainConfig, world_size: int) -> Iterator[Problem
     elif ep == ffn.num_experts:
         rule = "every rank holds one expert, and no exchange of two makes the fullest rank's load smaller"
         yield Problem(KEY, VALUE, rule, f"lower parallel.ep, or {LEAVE}")
+    elif isinstance(ffn.router, HierarchicalRouterConfig) and ffn.router.groups % ep == 0:
+        rule = "every rank holds whole groups of model.ffn.router.groups, which no expert leaves"
+        yield Problem(KEY, VALUE, rule, f"raise parallel.ep above the groups, or {LEAVE}")
     yield from capacity_problems(config)
     yield from checkpoint_problems(config)
 

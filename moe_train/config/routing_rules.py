@@ -37,6 +37,16 @@ NO_REROUTE = {
     "hierarchical": "the weight of an expert holds only within the groups that its token chose",
 }
 """Routers whose assignments cannot move to a next-best expert, and why."""
+NO_NOOP = {
+    "gshard": "gives up second choices by a rule of its own",
+    "group_limited": "chooses among groups of experts, and one that does nothing is in none",
+    "expert_choice": "lets experts choose tokens: a token that none takes passes them by already",
+    "hash": "learns nothing: tokens would pass by at random",
+    "sinkhorn": "gives every expert an equal share of the tokens, whether or not they need one",
+    "base": "gives every expert an equal share of the tokens, whether or not they need one",
+    "hierarchical": "chooses among groups of experts, and one that does nothing is in none",
+}
+"""Routers whose tokens cannot choose to pass the experts by, and why."""
 
 
 def routing_problems(ffn: FFNConfig) -> Iterator[Problem]:
@@ -68,7 +78,7 @@ def gradient_problems(ffn: FFNConfig) -> Iterator[Problem]:
     depends on the probabilities may train the router in place of the task.
     """
     router = ffn.router
-    if ffn.num_experts == 1:
+    if ffn.num_experts + ffn.num_noop_experts == 1:
         return
     if isinstance(router, NORMALISING) and router.normalize == "selected" and ffn.top_k == 1:
         rule = "with top_k=1 every weight becomes 1 and the router gets no gradient from the task"
@@ -125,7 +135,10 @@ def group_problems(ffn: FFNConfig) -> Iterator[Problem]:
 
 
 def leak_problems(ffn: FFNConfig) -> Iterator[Problem]:
-    """Yield a problem when experts choose tokens of a causal model without the user's consent."""
+    """Yield a problem when experts choose tokens of a causal model without the user's consent.
+
+    Evaluation and generation choose by thresholds and see nothing of the future; training does, and learns to use it.
+    """
     router = ffn.router
     if not isinstance(router, ExpertChoiceRouterConfig) or router.allow_future_leak:
         return
@@ -134,7 +147,10 @@ def leak_problems(ffn: FFNConfig) -> Iterator[Problem]:
         amount = f"no bound is known for top_k / num_experts = {ffn.top_k}/{ffn.num_experts} >= 1/2"
     else:
         amount = f"more than {bits:.2f} bits per token can leak"
-    rule = f"later tokens decide whether an earlier one is taken, so that the held-out loss is too good: {amount}"
+    rule = (
+        "in training later tokens decide whether an earlier one is taken, so that its loss, and the one that looks "
+        f"ahead, is too good: {amount}"
+    )
     remedy = f"set {ROUTER}.allow_future_leak=true if you know what you measure, or choose another router"
     yield Problem(f"{ROUTER}.kind", router.kind, rule, remedy)
 
@@ -169,7 +185,7 @@ def balance_problems(ffn: FFNConfig) -> Iterator[Problem]:
     if kind != "noisy_topk":
         rule = f"the load of router.kind={kind} has no gradient without the noise of noisy_topk"
         yield Problem(key, load.load_coef, rule, remedy)
-    elif ffn.top_k >= ffn.num_experts:
+    elif ffn.top_k >= ffn.num_experts + ffn.num_noop_experts:
         rule = "with top_k = num_experts all experts are chosen: there is no chance of being chosen to even out"
         yield Problem(key, load.load_coef, rule, remedy)
 
@@ -203,3 +219,34 @@ def capacity_problems(ffn: FFNConfig) -> Iterator[Problem]:
         rule = "buffers of a fixed size per rank cannot hold a limit that all ranks share"
         remedy = f"set {CAPACITY}.scope=sequence or rank, or {CAPACITY}.pad=false"
         yield Problem(f"{CAPACITY}.pad", True, rule, remedy)
+
+
+def noop_problems(ffn: FFNConfig) -> Iterator[Problem]:
+    """Yield what does not go with experts that do nothing; of any model, also where nothing is routed."""
+    key, number = "model.ffn.num_noop_experts", ffn.num_noop_experts
+    if not number:
+        return
+    if ffn.num_experts == 0 or ffn.graph is not None:
+        rule = "tokens choose to pass experts by, and here they choose none"
+        yield Problem(key, number, rule, "leave it out, or set model.ffn.num_experts and no model.ffn.graph")
+        return
+    if ffn.router.kind in NO_NOOP:
+        rule = f"is not possible with router.kind={ffn.router.kind}, which {NO_NOOP[ffn.router.kind]}"
+        remedy = "set it to 0, or choose model/ffn/router=topk, topk_softmax, sigmoid, switch or noisy_topk"
+        yield Problem(key, number, rule, remedy)
+    rule, remedy = "is about experts on devices, and those that do nothing are on none", f"leave it out, or set {key}=0"
+    for name in ("device", "communication"):
+        if getattr(ffn.balance, name) is not None:
+            yield Problem(f"{BALANCE}.{name}", "set", rule, remedy)
+    if ffn.capacity.kind == "device":
+        yield Problem(f"{CAPACITY}.kind", "device", rule, f"choose another model/ffn/capacity, or set {key}=0")
+
+
+def group_layout_problems(ffn: FFNConfig, ep: int) -> Iterator[Problem]:
+    """Yield a problem when the first level of a hierarchical router cannot be mapped on ranks."""
+    router = ffn.router
+    if ep == 1 or ffn.graph is not None or not isinstance(router, HierarchicalRouterConfig):
+        return
+    if router.groups % ep and ep % router.groups:
+        rule = f"must divide, or be a multiple of, {ROUTER}.groups={router.groups}: groups would lie across ranks"
+        yield Problem("parallel.ep", ep, rule, f"change one of them, or choose another {ROUTER}")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
-from moe_train.config.attention import GroupedQueryConfig, RotaryConfig
+from moe_train.config.attention_rules import attention_problems, has_head_experts, head_layout_problems
 from moe_train.config.deepspeed_rules import deepspeed_problems
+from moe_train.config.depth_rules import depth_problems
 from moe_train.config.exchange_rules import exchange_problems
 from moe_train.config.graph_rules import graph_problems
 from moe_train.config.model import ModelConfig
 from moe_train.config.placement_rules import placement_problems
 from moe_train.config.remat_rules import remat_problems
-from moe_train.config.routing_rules import routing_problems
+from moe_train.config.routing_rules import group_layout_problems, noop_problems, routing_problems
 from moe_train.config.schema import DataConfig, TokenizerConfig, TrainConfig
 from moe_train.config.shard_rules import shard_problems
 from moe_train.errors import ConfigError, Problem
@@ -37,109 +38,19 @@ def data_problems(data: DataConfig, tokenizer: TokenizerConfig) -> Iterator[Prob
 
 def model_problems(model: ModelConfig) -> Iterator[Problem]:
     """Yield what is wrong between the fields of model."""
-    if isinstance(model.attention, GroupedQueryConfig):
-        yield from grouped_query_problems(model, model.attention)
-    elif model.attention.rope_dim % 2:
-        yield Problem(
-            "model.attention.rope_dim",
-            model.attention.rope_dim,
-            "rotary positions turn pairs: must be even",
-            "choose another",
-        )
-    yield from stretching_problems(model.attention)
-    yield from position_problems(model)
+    yield from attention_problems(model)
     if model.head_bias and model.tie_embeddings:
         yield Problem("model.head_bias", True, "needs a head of its own", "set model.tie_embeddings=false")
     if model.adopt and model.init_from is None:
         yield Problem("model.adopt", True, "needs a folder to take the architecture from", "set model.init_from=DIR")
     yield from expert_problems(model)
-
-
-def position_problems(model: ModelConfig) -> Iterator[Problem]:
-    """Yield what is wrong with how positions enter."""
-    attention, longest = model.attention, model.max_positions
-    if model.positions == "rotary":
-        if longest is not None:
-            rule = "is the number of learned positions, and positions are rotary"
-            yield Problem("model.max_positions", longest, rule, "set model.positions=learned or leave it out")
-        return
-    if longest is None:
-        rule = "learned positions need a longest text"
-        yield Problem("model.max_positions", None, rule, "set it to data.seq_len or more")
-    if not isinstance(attention, GroupedQueryConfig):
-        rule = "latent attention has rotary positions"
-        yield Problem("model.positions", model.positions, rule, "leave it out, or choose model/attention=gqa")
-    for key in ("yarn", "llama3"):
-        if getattr(attention, key) is not None:
-            rule = "stretches rotary positions, and positions are learned"
-            yield Problem(f"model.attention.{key}", "set", rule, "leave it out, or set model.positions=rotary")
-
-
-def stretching_problems(rotary: RotaryConfig) -> Iterator[Problem]:
-    """Yield what is wrong with how rotary positions are stretched to longer texts."""
-    yarn, llama3 = rotary.yarn, rotary.llama3
-    if yarn is not None and llama3 is not None:
-        yield Problem("model.attention.llama3", None, "positions are stretched by yarn already", "leave one out")
-    if yarn is not None and yarn.beta_fast <= yarn.beta_slow:
-        yield Problem(
-            "model.attention.yarn.beta_fast",
-            yarn.beta_fast,
-            f"must exceed beta_slow={yarn.beta_slow}: between them frequencies are blended",
-            "raise it, or lower beta_slow",
-        )
-    if llama3 is not None and llama3.high_freq_factor <= llama3.low_freq_factor:
-        yield Problem(
-            "model.attention.llama3.high_freq_factor",
-            llama3.high_freq_factor,
-            f"must exceed low_freq_factor={llama3.low_freq_factor}: between them frequencies are blended",
-            "raise it, or lower low_freq_factor",
-        )
-
-
-def grouped_query_problems(model: ModelConfig, attention: GroupedQueryConfig) -> Iterator[Problem]:
-    """Yield what is wrong between the heads of grouped-query attention."""
-    width = attention.head_dim or model.dim // model.heads
-    if attention.head_dim is None and model.dim % model.heads:
-        yield Problem(
-            "model.heads",
-            model.heads,
-            f"must divide model.dim={model.dim}",
-            "change one of them, or set model.attention.head_dim",
-        )
-    elif width % 2:
-        key, value = ("model.heads", model.heads) if attention.head_dim is None else ("model.attention.head_dim", width)
-        yield Problem(
-            key,
-            value,
-            f"rotary positions need an even head width, not {width}",
-            "change model.dim, model.heads or model.attention.head_dim",
-        )
-    if attention.kv_heads is not None and model.heads % attention.kv_heads:
-        yield Problem(
-            "model.attention.kv_heads",
-            attention.kv_heads,
-            f"must divide model.heads={model.heads}",
-            "change one of them",
-        )
-    if attention.full_every is not None and attention.window is None:
-        yield Problem(
-            "model.attention.full_every",
-            attention.full_every,
-            "says which layers have no window, and there is none",
-            "set model.attention.window, or leave it out",
-        )
-    if attention.yarn is not None and attention.yarn.mscale_all_dim:
-        yield Problem(
-            "model.attention.yarn.mscale_all_dim",
-            attention.yarn.mscale_all_dim,
-            "scales the scores of latent attention only",
-            "leave it out, or choose model/attention=mla",
-        )
+    yield from depth_problems(model)
 
 
 def expert_problems(model: ModelConfig) -> Iterator[Problem]:
     """Yield what is wrong between the fields of the feed-forward layers."""
     ffn = model.ffn
+    yield from noop_problems(ffn)
     if ffn.num_experts == 0:
         if ffn.graph is not None:
             yield Problem("model.ffn.graph", "set", "couples experts, and there are none", "set model.ffn.num_experts")
@@ -182,8 +93,15 @@ def batch_problems(config: TrainConfig, world_size: int) -> Iterator[Problem]:
         )
 
 
-def layout_problems(ep: int, num_experts: int, world_size: int) -> Iterator[Problem]:
-    """Yield what is wrong between EP size, experts and ranks."""
+def layout_problems(ep: int, num_experts: int, world_size: int, model: ModelConfig | None = None) -> Iterator[Problem]:
+    """Yield what is wrong between EP size, experts and ranks.
+
+    Args:
+        ep: ranks of an expert-parallel group.
+        num_experts: experts of a feed-forward layer.
+        world_size: ranks.
+        model: whose attention may have experts, too; None: it has none.
+    """
     if world_size % ep:
         yield Problem(
             "parallel.ep",
@@ -191,12 +109,15 @@ def layout_problems(ep: int, num_experts: int, world_size: int) -> Iterator[Prob
             f"must divide the number of ranks, {world_size}",
             f"start a multiple of {ep} ranks (torchrun --nproc-per-node) or lower parallel.ep",
         )
-    if ep > 1 and num_experts == 0:
+    attends_by_experts = model is not None and has_head_experts(model)
+    if ep > 1 and num_experts == 0 and not attends_by_experts:
         yield Problem(
             "parallel.ep", ep, "a dense model has no experts to shard", "set parallel.ep=1 or choose a MoE model"
         )
     elif num_experts % ep:
         yield Problem("parallel.ep", ep, f"must divide model.ffn.num_experts={num_experts}", "change one of them")
+    if model is not None:
+        yield from head_layout_problems(ep, model)
 
 
 def schedule_problems(config: TrainConfig) -> Iterator[Problem]:
@@ -261,7 +182,8 @@ def train_problems(config: TrainConfig) -> list[Problem]:
         lambda: data_problems(config.data, config.tokenizer),
         lambda: model_problems(config.model),
         lambda: batch_problems(config, world_size),
-        lambda: layout_problems(config.parallel.ep, config.model.ffn.num_experts, world_size),
+        lambda: layout_problems(config.parallel.ep, config.model.ffn.num_experts, world_size, config.model),
+        lambda: group_layout_problems(config.model.ffn, config.parallel.ep),
         lambda: schedule_problems(config),
         lambda: start_problems(config),
         lambda: shard_problems(config, world_size),

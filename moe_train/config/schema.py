@@ -126,7 +126,8 @@ class ParallelConfig(LayoutConfig):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """deepspeed: 1 shards the optimizer state over the ranks, 2 the gradients too; 0 shards nothing."""
     offload: bool = False
-    """deepspeed: keep the optimizer state in the host's memory, and update there."""
+    """Keep state in the host's memory, and update there. deepspeed: the optimizer's; torch: with dp_shard above 1, that
+    and the shards of weights and gradients."""
     remat: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again instead of keeping them. selective: whatever lies between two
     exchanges, attention's product excepted; full: the whole block, tokens travel again. Neither routes again."""

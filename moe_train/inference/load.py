@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 
 from moe_train.checkpoint.reader import Checkpoint, open_at
+from moe_train.config.inference import InferenceConfig
+from moe_train.config.inference_rules import inference_problems
 from moe_train.config.rules import embedding_rows, layout_problems
 from moe_train.config.schema import LayoutConfig, TrainConfig
 from moe_train.config.validate import validate
@@ -15,9 +19,9 @@ from moe_train.data.tokenizer import Tokenizer
 from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World
 from moe_train.errors import ConfigError, DataError, Problem
+from moe_train.inference.offload.install import Offloaded, leave_on_disk
+from moe_train.models.exchange import model_exchange
 from moe_train.models.transformer import Transformer, build_model
-from moe_train.moe.capacity import is_padded
-from moe_train.moe.exchange import exchange_for
 from moe_train.parallel.state import model_parts
 
 
@@ -31,6 +35,7 @@ class Trained:
         model: with the checkpoint's weights, in evaluation mode.
         mesh: the layout that it is held in.
         checkpoint: where the weights come from.
+        offloaded: the experts that stay on disk; None: everything is in memory.
     """
 
     config: TrainConfig
@@ -38,6 +43,15 @@ class Trained:
     model: Transformer
     mesh: Mesh
     checkpoint: Checkpoint
+    offloaded: Offloaded | None = None
+
+    def tell_traffic(self, world: World) -> None:
+        """Say on the standard error what was read of experts on disk, if any are. Collective."""
+        if self.offloaded is None:
+            return
+        line = self.offloaded.line()
+        if world.is_leader:
+            sys.stderr.write(f"{line}\n")
 
 
 def read_config(run_dir: Path) -> TrainConfig:
@@ -52,7 +66,9 @@ def read_config(run_dir: Path) -> TrainConfig:
     return validate(yaml.safe_load(path.read_text()), TrainConfig, lambda config: [])
 
 
-def load_trained(run_dir: Path, checkpoint: str, layout: LayoutConfig, world: World) -> Trained:
+def load_trained(
+    run_dir: Path, checkpoint: str, layout: LayoutConfig, world: World, inference: InferenceConfig | None = None
+) -> Trained:
     """Read a model. Collective.
 
     Args:
@@ -60,17 +76,24 @@ def load_trained(run_dir: Path, checkpoint: str, layout: LayoutConfig, world: Wo
         checkpoint: ``latest``, or the path of a checkpoint.
         layout: how it is to lie on the ranks; need not be that of the training.
         world: the processes.
+        inference: how the model is run; of it, whether experts stay on disk. None: everything is in memory.
     """
+    inference = inference or InferenceConfig()
     world.leader_first(lambda: read_config(run_dir))
     config = read_config(run_dir)
-    problems = list(layout_problems(layout.ep, config.model.ffn.num_experts, world.size))
+    problems = list(layout_problems(layout.ep, config.model.ffn.num_experts, world.size, config.model))
+    problems += inference_problems(inference, config.model)
     world.agree(ConfigError(problems) if problems else None)
     mesh = build_mesh(world, layout.ep)
     tokenizer = Tokenizer.load(run_dir / "tokenizer.json", config.tokenizer.boundary_token)
     source = open_at(run_dir if checkpoint == "latest" else Path(checkpoint).expanduser(), world)
-    ffn = config.model.ffn
-    exchange = exchange_for(mesh, ffn.num_experts, is_padded(ffn.capacity), layout, ffn.top_k)
+    exchange = model_exchange(mesh, config.model, layout)
     vocab_size = embedding_rows(config.model, tokenizer.vocab_size)
-    model = build_model(config.model, vocab_size, exchange, config.train.precision, world.device)
-    source.fill(model_parts(model))
-    return Trained(config, tokenizer, model.eval(), mesh, source)
+    precision, offload = config.train.precision, inference.offload
+    if offload is None:
+        model = build_model(config.model, vocab_size, exchange, precision, world.device)
+        source.fill(model_parts(model))
+        return Trained(config, tokenizer, model.eval(), mesh, source)
+    model = build_model(config.model, vocab_size, exchange, precision, torch.device("meta"))
+    offloaded = leave_on_disk(model, source, offload, run_dir, world)
+    return Trained(config, tokenizer, model.eval(), mesh, source, offloaded)

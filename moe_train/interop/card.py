@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moe_train.config.depth import MixtureOfDepthsConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import TrainConfig
 from moe_train.interop.families.base import Family
@@ -57,6 +58,8 @@ def architecture(model: ModelConfig) -> str:
     """Return the model in a few words."""
     ffn = model.ffn
     words = f"{model.layers} layers of width {model.dim}, {model.heads} heads ({model.attention.kind})"
+    if isinstance(model.depth, MixtureOfDepthsConfig):
+        words += f", 1 in {model.depth.every} of them for {model.depth.capacity:.3g} of the tokens"
     if ffn.num_experts == 0:
         return f"{words}, dense"
     if ffn.graph is not None:

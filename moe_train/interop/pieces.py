@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -22,27 +22,32 @@ class Held:
         sharded: names of those [L, ...] whose dimension 0 runs over this rank's experts. All other tensors are equal
             on all ranks.
         experts: global indices of these experts.
+        others: the same by name, where a layer of another kind has experts of its own number.
     """
 
     tensors: Mapping[str, Tensor]
     sharded: Collection[str]
     experts: Sequence[int]
+    others: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def view(self, name: str, part: Part) -> Tensor | None:
         """Return the place of a part in our tensor, sharing its memory; None when its expert is on another rank."""
         if name not in self.sharded:
             return self.tensors[name][part.ours]
         assert part.expert is not None, f"a part of {name} does not say which expert it belongs to"
-        if part.expert not in self.experts:
+        experts = self.others.get(name, self.experts)
+        if part.expert not in experts:
             return None
-        return self.tensors[name][(self.experts.index(part.expert), *part.ours[1:])]
+        return self.tensors[name][(experts.index(part.expert), *part.ours[1:])]
 
 
 def held_of(model: nn.Module) -> Held:
     """Return what this rank has of a model; the tensors share memory with it."""
     roles = {name: role for name, role in roles_of(model).items() if role.kind is Kind.EXPERT}
     tensors = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
-    return Held(tensors, frozenset(roles), next((role.experts for role in roles.values()), range(0)))
+    experts = next((role.experts for role in roles.values()), range(0))
+    others = {name: role.experts for name, role in roles.items() if role.experts != experts}
+    return Held(tensors, frozenset(roles), experts, others)
 
 
 def from_public(folder: PublicFolder, part: Part) -> Tensor:

@@ -13,7 +13,7 @@ from moe_train.interop.parts import Part, Parts
 from moe_train.interop.pieces import by_public_name, size_at
 from moe_train.interop.shards import SINGLE
 
-ALWAYS_FP32 = ("e_score_correction_bias", "router.bias_E")
+ALWAYS_FP32 = ("e_score_correction_bias", "router.bias_E", "router.threshold_E")
 """Ends of names that stay in fp32: the steps of loss-free balancing are smaller than a bf16 rounding, and transformers
 keeps them so (_keep_in_fp32_modules_strict)."""
 

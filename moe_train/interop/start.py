@@ -44,6 +44,7 @@ FREE = (
     "ffn.balance",
     "ffn.compute",
     "attention.compute",
+    "depth.causal_coef",
     "ffn.capacity",
     "ffn.router.jitter",
     "ffn.router.expert_dropout",
@@ -212,5 +213,6 @@ def finish_upcycling(model: Transformer, segments: Segments, seed: int) -> None:
             tie_router_rows(layer.router.weight, segments.number)
     roles, noise = roles_of(model), model.config.upcycle.noise
     own = {name: (parameter, roles[name]) for name, parameter in model.named_parameters() if name.startswith("blocks.")}
-    weights = {name: pair for name, pair in own.items() if pair[1].kind is Kind.EXPERT and pair[0].dim() > 2}
+    copies = {name: pair for name, pair in own.items() if ".ffn." in name}  # attention may have experts of its own
+    weights = {name: pair for name, pair in copies.items() if pair[1].kind is Kind.EXPERT and pair[0].dim() > 2}
     add_noise(weights, segments, noise, seed)

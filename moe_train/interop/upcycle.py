@@ -67,6 +67,8 @@ def upcycle_refusals(model: ModelConfig, hidden_dim: int) -> list[str]:
     """Return why the first forward pass of a MoE model could not equal that of a dense one of width ``hidden_dim``."""
     if model.ffn.graph is not None:
         return ["experts that are coupled by a graph change what each of them computed: no copies give the dense model"]
+    if model.depth.kind != "full":
+        return ["a block that takes only some tokens is not made of a dense one: set model.depth.kind=full"]
     return [*width_refusals(model, hidden_dim), *weight_refusals(model.ffn)]
 
 
@@ -97,6 +99,8 @@ def weight_refusals(ffn: FFNConfig) -> Iterator[str]:
     """Yield why the weights of a token's experts do not add up to a constant."""
     if ffn.shared_gate:
         yield "the gate of the shared experts weakens them"
+    if ffn.num_noop_experts:
+        yield "a token's share of the experts that do nothing is missing"
     match ffn.router:
         case TopKSoftmaxRouterConfig() | NoisyTopKRouterConfig() | HashRouterConfig():
             return

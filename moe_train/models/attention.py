@@ -7,7 +7,7 @@ from typing import Protocol, assert_never
 import torch
 from torch import Tensor, nn
 
-from moe_train.config.attention import GroupedQueryConfig, LatentConfig
+from moe_train.config.attention import GroupedQueryConfig, LatentConfig, SwitchHeadConfig
 from moe_train.config.model import ModelConfig
 from moe_train.models.memory import Memory
 from moe_train.moe.modules import Linear, RMSNorm
@@ -25,12 +25,12 @@ class Attention(Protocol):
     def __call__(self, x_BSD: Tensor, rotary: Rotary | None, memory: Memory | None = None) -> Tensor:
         """Apply to [B, S, D]; the table is of S positions and of width `rotary_width`, None turns nothing.
 
-        Keys and values are added to the memory, and those in it are seen, too.
+        What the memory keeps of earlier tokens is seen, too; these tokens are added to it.
         """
 
 
 def build_attention(config: ModelConfig, layer: int, out_std: float) -> GroupedQueryAttention | LatentAttention:
-    """Return the attention of a layer, without values.
+    """Return the attention of a layer, without values; that which has experts is built in `models.switchhead`.
 
     Args:
         config: the model.
@@ -42,6 +42,8 @@ def build_attention(config: ModelConfig, layer: int, out_std: float) -> GroupedQ
             return GroupedQueryAttention(config, attention, window_of(attention, layer), out_std)
         case LatentConfig() as attention:
             return LatentAttention(config, attention, out_std)
+        case SwitchHeadConfig():
+            raise AssertionError("its experts need an exchange: `models.switchhead` builds it")
         case _:
             assert_never(config.attention)
 
@@ -52,7 +54,7 @@ def window_of(attention: GroupedQueryConfig, layer: int) -> int | None:
     return None if sees_all else attention.window
 
 
-def head_width(config: ModelConfig, attention: GroupedQueryConfig) -> int:
+def head_width(config: ModelConfig, attention: GroupedQueryConfig | SwitchHeadConfig) -> int:
     """Return the width W of a head."""
     return attention.head_dim or config.dim // config.heads
 
@@ -96,7 +98,7 @@ class GroupedQueryAttention(nn.Module):
         q_BHSW = rotate(self.to_heads(normed(q_BSN, self.q_norm)), rotary)
         k_BGSW, v_BGSW = rotate(self.to_heads(normed(k_BSN, self.k_norm)), rotary), self.to_heads(v_BSN)
         if memory is not None:
-            k_BGSW, v_BGSW = memory.extend(k_BGSW, v_BGSW)
+            k_BGSW, v_BGSW = memory.extend(k_BGSW, v_BGSW, window=self.window)
         y_BHSW = causal_attention(
             q_BHSW, k_BGSW, v_BGSW, window=self.window, sinks_H=self.sinks_H, compute=self.compute
         )
@@ -137,7 +139,7 @@ class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, eq. 9 to 19, and eq. 37 to 47 in appendix C).
 
     Keys and values of all heads are made of a compressed vector of kv_rank; only it and one rotated key of rope_dim,
-    shared by the heads, would be cached. Positions enter by way of that key and a part of each query.
+    shared by the heads, are remembered. Positions enter by way of that key and a part of each query.
 
     Args:
         config: the model.
@@ -166,12 +168,38 @@ class LatentAttention(nn.Module):
     def forward(self, x_BSD: Tensor, rotary: Rotary | None, memory: Memory | None = None) -> Tensor:
         """Apply to [B, S, D], with the rotary table of these positions."""
         q_BHSW = self.queries(x_BSD, rotary)
-        k_BHSW, v_BHSU = self.keys_and_values(x_BSD, rotary)
+        latent_BSN, key_BSW = self.compressed(x_BSD, rotary)
         if memory is not None:
-            k_BHSW, v_BHSU = memory.extend(k_BHSW, v_BHSU)
-        y_BHSU = causal_attention(q_BHSW, k_BHSW, v_BHSU, scale=self.scale, compute=self.sizes.compute)
+            (kept_BGJN,) = memory.extend(torch.cat([latent_BSN, key_BSW], dim=-1).unsqueeze(1))
+        if memory is not None and kept_BGJN.shape[2] > x_BSD.shape[1]:
+            y_BHSU = self.attend_compressed(q_BHSW, kept_BGJN)
+        else:  # the beginning of a text: making keys and values once costs less than meeting each vector with each head
+            k_BHSW, v_BHSU = self.decompressed(latent_BSN, key_BSW)
+            y_BHSU = causal_attention(q_BHSW, k_BHSW, v_BHSU, scale=self.scale, compute=self.sizes.compute)
         out_BSD: Tensor = self.out(y_BHSU.transpose(1, 2).flatten(2))
         return out_BSD
+
+    def attend_compressed(self, q_BHSW: Tensor, kept_BGJN: Tensor) -> Tensor:
+        """Attend to compressed vectors: queries and results pass the up-projection, not keys and values (V2, 2.1.2).
+
+        q · (U c) = (Uᵀ q) · c, and a sum of U c is U times the sum of c: all heads share one key and one value, which
+        is a part of the key.
+
+        Args:
+            q_BHSW: [B, H, S, nope + rope] queries of the last positions.
+            kept_BGJN: [B, 1, J, kv_rank + rope] what is kept of all positions: compressed vectors, rotated keys.
+
+        Returns:
+            [B, H, S, v].
+        """
+        sizes, up_NR = self.sizes, self.kv_up.weight.to(q_BHSW.dtype)
+        up_HNR = up_NR.view(self.heads, sizes.nope_dim + sizes.v_dim, sizes.kv_rank)
+        to_keys_HWR, to_values_HUR = torch.split(up_HNR, [sizes.nope_dim, sizes.v_dim], dim=1)
+        plain_BHSW, turned_BHSW = torch.split(q_BHSW, [sizes.nope_dim, sizes.rope_dim], dim=-1)
+        q_BHSN = torch.cat([plain_BHSW @ to_keys_HWR, turned_BHSW], dim=-1)
+        latent_BGJR = kept_BGJN[..., : sizes.kv_rank]
+        y_BHSR = causal_attention(q_BHSN, kept_BGJN, latent_BGJR, scale=self.scale, compute=sizes.compute)
+        return y_BHSR @ to_values_HUR.transpose(1, 2)
 
     def queries(self, x_BSD: Tensor, rotary: Rotary | None) -> Tensor:
         """Return the queries [B, H, S, nope + rope]."""
@@ -182,10 +210,17 @@ class LatentAttention(nn.Module):
 
     def keys_and_values(self, x_BSD: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """Return the keys [B, H, S, nope + rope] and the values [B, H, S, v]."""
-        latent_BSN, k_rope_BSW = torch.split(self.kv_down(x_BSD), [self.sizes.kv_rank, self.sizes.rope_dim], dim=-1)
+        return self.decompressed(*self.compressed(x_BSD, rotary))
+
+    def compressed(self, x_BSD: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """Return the compressed vectors [B, S, kv_rank], normed, and the shared keys [B, S, rope], rotated."""
+        latent_BSN, key_BSW = torch.split(self.kv_down(x_BSD), [self.sizes.kv_rank, self.sizes.rope_dim], dim=-1)
         # The norm is of the latent part only: the shared key keeps the size that its weights give it.
-        kv_BSN = self.kv_up(self.kv_norm(latent_BSN))
-        kv_BHSN = cut(kv_BSN, self.sizes.nope_dim + self.sizes.v_dim).transpose(1, 2)
+        return self.kv_norm(latent_BSN), rotate(key_BSW.unsqueeze(1), rotary).squeeze(1)
+
+    def decompressed(self, latent_BSN: Tensor, key_BSW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values, as above, from what `compressed` returns."""
+        kv_BHSN = cut(self.kv_up(latent_BSN), self.sizes.nope_dim + self.sizes.v_dim).transpose(1, 2)
         k_nope_BHSW, v_BHSU = torch.split(kv_BHSN, [self.sizes.nope_dim, self.sizes.v_dim], dim=-1)
-        k_rope_BHSW = rotate(k_rope_BSW.unsqueeze(1), rotary).expand(-1, self.heads, -1, -1)
+        k_rope_BHSW = key_BSW.unsqueeze(1).expand(-1, self.heads, -1, -1)
         return torch.cat([k_nope_BHSW, k_rope_BHSW], dim=-1), v_BHSU

@@ -12,6 +12,7 @@ from moe_train.config.model import ModelConfig
 from moe_train.models.attention import Attention
 from moe_train.models.memory import Memory
 from moe_train.models.modules import FeedForward
+from moe_train.models.switchhead import Attended, SwitchHead
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.graph.layer import GraphLayer
 from moe_train.moe.layer import MoELayer
@@ -69,7 +70,9 @@ class Block(TransformerBlock):
         ffn: a dense network or a layer with experts.
     """
 
-    def __init__(self, config: ModelConfig, attention: Attention, ffn: FeedForward | MoELayer | GraphLayer) -> None:
+    def __init__(
+        self, config: ModelConfig, attention: Attention | SwitchHead, ffn: FeedForward | MoELayer | GraphLayer
+    ) -> None:
         super().__init__()
         self.attention_norm = build_norm(config.norm, config.dim, config.norm_eps)
         self.attention = attention
@@ -78,23 +81,51 @@ class Block(TransformerBlock):
 
     @property
     def expert_layers(self) -> dict[str, ExpertLayer]:
-        """The feed-forward part, where it has experts."""
-        return {"": self.ffn} if isinstance(self.ffn, MoELayer | GraphLayer) else {}
+        """Those of attention, then the feed-forward part, where these have experts."""
+        found: dict[str, ExpertLayer] = {}
+        if isinstance(self.attention, SwitchHead):
+            found |= self.attention.expert_layers
+        if isinstance(self.ffn, MoELayer | GraphLayer):
+            found[""] = self.ffn
+        return found
 
     def forward(
         self, x_BSD: Tensor, rotary: Rotary | None, context: RoutingContext, memory: Memory | None = None
     ) -> BlockOutput:
         """Apply to the residual stream [B, S, D] of the tokens that ``context`` describes."""
-        x_BSD = x_BSD + self.attend(x_BSD, rotary, memory)
-        if isinstance(self.ffn, MoELayer | GraphLayer):
-            output = self.ffn(self.ffn_norm(x_BSD), context)
-            return BlockOutput(x_BSD + output.y_BSD, (output.record,))
-        return BlockOutput(x_BSD + self.feed(x_BSD))
+        attended = self.attend_any(x_BSD, rotary, context, memory)
+        x_BSD = x_BSD + attended.x_BSD
+        fed = self.feed_any(x_BSD, context)
+        return BlockOutput(x_BSD + fed.x_BSD, (*attended.records, *fed.records))
+
+    def added(
+        self, x_BSD: Tensor, rotary: Rotary | None, context: RoutingContext, memory: Memory | None = None
+    ) -> BlockOutput:
+        """Return what attention and feed-forward part add together."""
+        attended = self.attend_any(x_BSD, rotary, context, memory)
+        fed = self.feed_any(x_BSD + attended.x_BSD, context)
+        return BlockOutput(attended.x_BSD + fed.x_BSD, (*attended.records, *fed.records))
+
+    def attend_any(
+        self, x_BSD: Tensor, rotary: Rotary | None, context: RoutingContext, memory: Memory | None = None
+    ) -> BlockOutput:
+        """Return what attention, of whatever kind, adds to the residual stream [B, S, D]."""
+        if isinstance(self.attention, SwitchHead):
+            attended: Attended = self.attention(self.attention_norm(x_BSD), rotary, context, memory)
+            return BlockOutput(attended.y_BSD, attended.records)
+        return BlockOutput(self.attend(x_BSD, rotary, memory))
 
     def attend(self, x_BSD: Tensor, rotary: Rotary | None, memory: Memory | None = None) -> Tensor:
-        """Return what attention adds to the residual stream [B, S, D]. Its shapes are those of the batch."""
+        """Return what attention without experts adds to [B, S, D]. Its shapes are those of the batch."""
         added_BSD: Tensor = self.attention(self.attention_norm(x_BSD), rotary, memory)
         return added_BSD
+
+    def feed_any(self, x_BSD: Tensor, context: RoutingContext) -> BlockOutput:
+        """Return what the feed-forward part, of whatever kind, adds to the residual stream [B, S, D]."""
+        if isinstance(self.ffn, MoELayer | GraphLayer):
+            output = self.ffn(self.ffn_norm(x_BSD), context)
+            return BlockOutput(output.y_BSD, (output.record,))
+        return BlockOutput(self.feed(x_BSD))
 
     def feed(self, x_BSD: Tensor) -> Tensor:
         """Return what a dense network adds to the residual stream [B, S, D]. Its shapes are those of the batch."""
@@ -124,9 +155,16 @@ class CoupledBlocks(TransformerBlock):
         self, x_BSD: Tensor, rotary: Rotary | None, context: RoutingContext, memory: Memory | None = None
     ) -> BlockOutput:
         """Apply to the residual stream [B, S, D] of the tokens that ``context`` describes; they remember nothing."""
+        added = self.added(x_BSD, rotary, context, memory)
+        return BlockOutput(x_BSD + added.x_BSD, added.records)
+
+    def added(
+        self, x_BSD: Tensor, rotary: Rotary | None, context: RoutingContext, memory: Memory | None = None
+    ) -> BlockOutput:
+        """Return what the coupled blocks add together."""
         assert memory is None, "a memory has room for one attention per block"
         output = self.layer(x_BSD, context, rotary)
-        return BlockOutput(x_BSD + output.y_BSD, (output.record,))
+        return BlockOutput(output.y_BSD, (output.record,))
 
 
 class MTPModule(nn.Module):

@@ -8,12 +8,15 @@ from typing import TypeVar
 
 from torch import nn
 
+from moe_train.config.attention import SwitchHeadConfig
 from moe_train.config.graph import GraphConfig
 from moe_train.config.model import FFNConfig, ModelConfig
-from moe_train.models.attention import build_attention
+from moe_train.models.attention import Attention, build_attention
 from moe_train.models.block_experts import BlockExperts
 from moe_train.models.blocks import Block, CoupledBlocks, TransformerBlock
+from moe_train.models.depth import DepthBlock, depth_of
 from moe_train.models.modules import FeedForward, SharedExperts
+from moe_train.models.switchhead import SwitchHead
 from moe_train.moe.balance import Balance
 from moe_train.moe.capacity import Capacity
 from moe_train.moe.exchange import Exchange
@@ -32,7 +35,13 @@ def is_moe_layer(config: FFNConfig, layer: int) -> bool:
 
 
 def build_block(config: ModelConfig, layer: int, exchange: Exchange) -> TransformerBlock:
-    """Build one block by the layer pattern."""
+    """Build one block by the layer pattern; around it, where only some tokens pass it, what chooses them."""
+    block, depth = build_whole_block(config, layer, exchange), depth_of(config, layer)
+    return block if depth is None else DepthBlock(block, config.dim, depth, config.init_std)
+
+
+def build_whole_block(config: ModelConfig, layer: int, exchange: Exchange) -> Block | CoupledBlocks:
+    """Build one block as it is where all tokens pass it."""
     # GPT-2: what writes into the residual stream starts smaller, by the root of the number of writers.
     out_std = config.init_std / (2 * config.layers) ** 0.5
     ffn = config.ffn
@@ -45,7 +54,14 @@ def build_block(config: ModelConfig, layer: int, exchange: Exchange) -> Transfor
         network = build_graph(config, ffn.graph, layer, exchange, out_std)
         if ffn.graph.expert == "block":
             return CoupledBlocks(network)
-    return Block(config, build_attention(config, layer, out_std), network)
+    return Block(config, build_attending(config, layer, exchange, out_std), network)
+
+
+def build_attending(config: ModelConfig, layer: int, exchange: Exchange, out_std: float) -> Attention | SwitchHead:
+    """Build the attention of a layer, with the experts that the exchange keeps here if it has some."""
+    if isinstance(config.attention, SwitchHeadConfig):
+        return SwitchHead(config, config.attention, out_std, exchange)
+    return build_attention(config, layer, out_std)
 
 
 def build_graph(config: ModelConfig, graph: GraphConfig, layer: int, exchange: Exchange, out_std: float) -> GraphLayer:
@@ -71,7 +87,7 @@ def build_moe(config: ModelConfig, exchange: Exchange, out_std: float) -> MoELay
     ffn = config.ffn
     return MoELayer(
         router=build_router(ffn, config.dim, config.init_std),
-        capacity=Capacity(ffn.capacity, ffn.num_experts, ffn.top_k),
+        capacity=Capacity(ffn.capacity, ffn.num_experts, ffn.top_k, ffn.num_noop_experts),
         exchange=exchange,
         experts=build_experts(partial(Experts, compute=ffn.compute), config, exchange.experts, out_std),
         balance=Balance(ffn),

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_train.config.model import ModelConfig
-from moe_train.models.sizes import Size, block_size, mtp_size, norm_size, score_flops, total
+from moe_train.models.sizes import (
+    block_products,
+    block_size,
+    mtp_size,
+    norm_size,
+    score_flops,
+    tokens_taken,
+    total,
+)
 
 
 @dataclass(frozen=True)
@@ -18,10 +26,12 @@ class Counts:
     Attributes:
         total: parameters that are stored and trained: each expert once, multi-token prediction included.
         mtp: those of the modules that predict further tokens, which only training uses.
-        active: parameters that a token uses at inference: K of the E experts, input embedding included.
+        active: parameters that a token uses at inference: K of the E experts, input embedding included. Where blocks
+            take only some tokens, it is one that all of them take.
         active_without_embedding: the same without the input embedding but with the head, as OpenAI counts (gpt-oss
             model card, table 1); where they are one matrix, it is the head and counts.
-        forward_flops_per_token: of inference, at the configured sequence length: the mean over a sequence.
+        forward_flops_per_token: of inference, at the configured sequence length: the mean over a sequence. Where blocks
+            take only some tokens, as many as in training.
         mtp_flops_per_token: what the modules add to the forward pass of training, products with the head included; the
             positions at the end of a sequence that have nothing to predict are counted as the others.
     """
@@ -63,22 +73,26 @@ def count(config: ModelConfig, vocab_size: int, seq_len: int) -> Counts:
         mtp=modules.stored,
         active=blocks.used + matrices,
         active_without_embedding=blocks.used + embedding + head_bias,
-        forward_flops_per_token=flops(config, blocks, range(config.layers), embedding, seq_len),
+        forward_flops_per_token=flops(config, range(config.layers), embedding, seq_len),
         mtp_flops_per_token=flops(
-            config, modules, range(config.layers, config.layers + depth), depth * embedding, seq_len
+            config,
+            range(config.layers, config.layers + depth),
+            depth * (embedding + 2 * config.dim**2),  # the head, and the projection of both inputs
+            seq_len,
         ),
     )
 
 
-def flops(config: ModelConfig, size: Size, layers: range, heads: int, seq_len: int) -> float:
-    """Return the operations per token of some layers and their output heads.
+def flops(config: ModelConfig, layers: range, more: int, seq_len: int) -> float:
+    """Return the operations per token of some layers and of what belongs to them.
 
     Args:
         config: the model.
-        size: of the layers.
         layers: their numbers.
-        heads: entries of the output heads.
+        more: entries of further matrices, which every token is multiplied with: output heads, say.
         seq_len: positions per sequence.
     """
-    scores = sum(score_flops(config, layer, seq_len) for layer in layers)
-    return 2 * (size.multiplied + heads) + scores / seq_len
+    products = sum(block_products(config, layer, seq_len) for layer in layers)
+    # Those that a block takes see only each other.
+    scores = sum(score_flops(config, layer, tokens_taken(config, layer, seq_len)) for layer in layers)
+    return 2 * (products + more) + scores / seq_len

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import assert_never
 
-from moe_train.config.attention import GroupedQueryConfig, LatentConfig
+from moe_train.config.attention import GroupedQueryConfig, LatentConfig, SwitchHeadConfig
 from moe_train.config.graph import GraphConfig
 from moe_train.config.model import Activation, FFNConfig, ModelConfig
 from moe_train.config.routing import (
@@ -16,6 +17,7 @@ from moe_train.config.routing import (
 )
 from moe_train.models.attention import head_width, window_of
 from moe_train.models.build import is_moe_layer
+from moe_train.models.depth import depth_of, num_taken
 from moe_train.ops.activation import inner_width
 
 
@@ -79,9 +81,32 @@ def latent_size(config: ModelConfig, attention: LatentConfig) -> Size:
 
 def attention_size(config: ModelConfig) -> Size:
     """Return the size of the attention of one block."""
-    if isinstance(config.attention, LatentConfig):
-        return latent_size(config, config.attention)
-    return grouped_query_size(config, config.attention)
+    match config.attention:
+        case LatentConfig() as attention:
+            return latent_size(config, attention)
+        case SwitchHeadConfig() as attention:
+            return switchhead_size(config, attention)
+        case GroupedQueryConfig() as attention:
+            return grouped_query_size(config, attention)
+        case _:
+            assert_never(config.attention)
+
+
+def switchhead_size(config: ModelConfig, attention: SwitchHeadConfig) -> Size:
+    """Return the size of SwitchHead: dense queries and keys, experts and routers on both sides of each head.
+
+    Stored are 2·D·H·W + 2·H·E·D·W + 2·H·E·D; used are K of the E experts.
+    """
+    width = head_width(config, attention)
+    side = matrix(width, config.dim) + matrix(attention.experts, config.dim)
+    return times(2 * config.heads, side) + head_experts_size(config, attention)
+
+
+def head_experts_size(config: ModelConfig, attention: SwitchHeadConfig) -> Size:
+    """Return the size of the experts of all heads on both sides."""
+    expert, sides = matrix(head_width(config, attention), config.dim), 2 * config.heads
+    used = sides * attention.top_k
+    return Size(sides * attention.experts * expert.stored, used * expert.used, used * expert.multiplied)
 
 
 def network_size(dim: int, hidden_dim: int, activation: Activation, biased: bool = False) -> Size:
@@ -93,23 +118,29 @@ def network_size(dim: int, hidden_dim: int, activation: Activation, biased: bool
 
 def router_size(dim: int, ffn: FFNConfig) -> Size:
     """Return the size of a router. The bias of loss-free balancing is a buffer: it is moved, not trained."""
+    choices = ffn.num_experts + ffn.num_noop_experts
     match ffn.router:
         case HashRouterConfig():
             return Size()
         case NoisyTopKRouterConfig():
-            return matrix(2 * ffn.num_experts, dim)
+            return matrix(2 * choices, dim)
         case HierarchicalRouterConfig(groups=groups):
-            return matrix(ffn.num_experts + groups, dim)
+            return matrix(choices + groups, dim)
         case TopKSoftmaxRouterConfig(bias=True):
-            return matrix(ffn.num_experts, dim) + vector(ffn.num_experts)
+            return matrix(choices, dim) + vector(choices)
         case _:
-            return matrix(ffn.num_experts, dim)
+            return matrix(choices, dim)
 
 
 def moe_size(dim: int, ffn: FFNConfig) -> Size:
-    """Return the size of a MoE layer: router, routed and shared experts."""
+    """Return the size of a MoE layer: router, routed and shared experts.
+
+    With Z no-op experts a token uses K·E/(E + Z) experts: an expectation, which holds as far as the load is even.
+    """
     expert = network_size(dim, ffn.expert_dim, ffn.expert_activation or ffn.activation, ffn.expert_bias)
-    routed = Size(ffn.num_experts * expert.stored, ffn.top_k * expert.used, ffn.top_k * expert.multiplied)
+    taken, choices = ffn.top_k * ffn.num_experts, ffn.num_experts + ffn.num_noop_experts
+    used, multiplied = (taken * size // choices for size in (expert.used, expert.multiplied))
+    routed = Size(ffn.num_experts * expert.stored, used, multiplied)
     size = router_size(dim, ffn) + routed
     if ffn.num_shared_experts:
         size += network_size(dim, ffn.num_shared_experts * (ffn.shared_dim or ffn.expert_dim), ffn.activation)
@@ -118,7 +149,23 @@ def moe_size(dim: int, ffn: FFNConfig) -> Size:
 
 
 def block_size(config: ModelConfig, layer: int) -> Size:
-    """Return the size of a block: two norms, attention, and what the layer pattern says."""
+    """Return the size of a block; where only some tokens pass it, of one that does, and with what chooses them."""
+    return whole_block_size(config, layer) + depth_router_size(config, layer)
+
+
+def depth_router_size(config: ModelConfig, layer: int) -> Size:
+    """Return the size of what chooses the tokens of a block, which all tokens meet; nothing, where it takes all."""
+    depth = depth_of(config, layer)
+    if depth is None:
+        return Size()
+    size, hidden = matrix(1, config.dim), depth.predictor_dim
+    if depth.causal == "classifier":
+        return size
+    return size + matrix(hidden, config.dim) + vector(hidden) + matrix(1, hidden) + vector(1)
+
+
+def whole_block_size(config: ModelConfig, layer: int) -> Size:
+    """Return the size of a block without the choice of its tokens: two norms, attention, and what the pattern says."""
     ffn = config.ffn
     around = norm_size(config) + norm_size(config) + attention_size(config)
     if not is_moe_layer(ffn, layer):
@@ -129,6 +176,19 @@ def block_size(config: ModelConfig, layer: int) -> Size:
     if ffn.graph.expert == "block":
         return times(ffn.num_experts, around + expert) + coupling_size(config, ffn.graph)
     return around + times(ffn.num_experts, expert) + coupling_size(config, ffn.graph)
+
+
+def tokens_taken(config: ModelConfig, layer: int, seq_len: int) -> int:
+    """Return how many tokens of a sequence pass a block."""
+    depth = depth_of(config, layer)
+    return seq_len if depth is None else num_taken(depth, seq_len)
+
+
+def block_products(config: ModelConfig, layer: int, seq_len: int) -> float:
+    """Return the multiplications of parameters in a block per token, the mean over a sequence."""
+    taken, whole = tokens_taken(config, layer, seq_len), whole_block_size(config, layer).multiplied
+    share = whole if taken == seq_len else whole * taken / seq_len
+    return share + depth_router_size(config, layer).multiplied
 
 
 def norm_size(config: ModelConfig) -> Size:
@@ -218,6 +278,8 @@ def score_flops(config: ModelConfig, layer: int, seq_len: int) -> int:
     attention = config.attention
     if isinstance(attention, LatentConfig):
         widths, window = attention.nope_dim + attention.rope_dim + attention.v_dim, None
+    elif isinstance(attention, SwitchHeadConfig):
+        widths, window = 2 * head_width(config, attention), None
     else:
         widths, window = 2 * head_width(config, attention), window_of(attention, layer)
     graph = config.ffn.graph

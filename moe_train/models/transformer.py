@@ -154,8 +154,8 @@ class Transformer(nn.Module):
             return None
         precise = torch.promote_types(self.dtype, torch.float32)
         width = rotary_width(self.config)
-        length = first + tokens_BS.shape[1]
-        return rotary_table(length, width, self.config.attention, precise, tokens_BS.device).since(first)
+        length, device = tokens_BS.shape[1], tokens_BS.device
+        return rotary_table(length, width, self.config.attention, precise, device, first)
 
     def score(self, x_BSD: Tensor) -> Tensor:
         """Return the logits [..., V] of normed vectors [..., D]."""

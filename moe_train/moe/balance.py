@@ -12,12 +12,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from moe_train.config.balance import AuxLossConfig, ZLossConfig
+from moe_train.config.balance import AuxLossConfig, EntropyConfig, ZLossConfig
 from moe_train.config.model import FFNConfig
 from moe_train.config.routing import GroupLimitedRouterConfig
 from moe_train.moe.capacity import Plan
 from moe_train.moe.context import RoutingContext
-from moe_train.moe.losses import BalanceLoss, RoutedTokens, ShareLoss, VariationLoss, ZLoss
+from moe_train.moe.losses import BalanceLoss, EntropyLoss, RoutedTokens, ShareLoss, VariationLoss, ZLoss
 from moe_train.moe.record import LayerRecord
 from moe_train.moe.routing import Routing
 
@@ -26,21 +26,36 @@ from moe_train.moe.routing import Routing
 class Balance:
     """The balance losses of a layer, and the bias of its router.
 
+    No-op experts are balanced as the others are: even load is a share of Z / (E + Z) for all Z of them.
+
     Attributes:
         ffn: the layer's configuration.
+        heads: of attention, whose experts these are, with a router each; None: the layer is a feed-forward one.
     """
 
     ffn: FFNConfig
+    heads: int | None = None
+
+    @property
+    def num_noops(self) -> int:
+        """No-op experts of the layer; heads have none."""
+        return self.ffn.num_noop_experts if self.heads is None else 0
 
     @cached_property
     def losses(self) -> tuple[BalanceLoss, ...]:
-        """The losses; load balance and z are always measured, with weight 0 when they are off."""
-        config, num_experts = self.ffn.balance, self.ffn.num_experts
+        """The losses. Always measured, with weight 0 when off: load balance and z; of heads, the entropy."""
+        config, num_choices = self.ffn.balance, self.ffn.num_experts + self.num_noops
+        if self.heads is not None:
+            # No others: records name a mean over layers, and what balances the feed-forward ones is not for these.
+            entropy = config.entropy or EntropyConfig(coef=0.0)
+            return (EntropyLoss(entropy.coef, entropy.scope, self.heads),)
         aux, z = config.aux or AuxLossConfig(coef=0.0), config.z_loss or ZLossConfig(coef=0.0)
-        found: list[BalanceLoss] = [ShareLoss("aux_loss", aux.coef, aux.scope, num_experts), ZLoss(z.coef)]
+        found: list[BalanceLoss] = [ShareLoss("aux_loss", aux.coef, aux.scope, num_choices), ZLoss(z.coef)]
         if config.importance_load is not None:
             found.append(VariationLoss("importance_loss", config.importance_load.importance_coef, "importance"))
             found.append(VariationLoss("load_loss", config.importance_load.load_coef, "load"))
+        if config.entropy is not None:
+            found.append(EntropyLoss(config.entropy.coef, config.entropy.scope))
         if config.device is not None:
             found.append(ShareLoss("device_loss", config.device.coef, config.device.scope, config.device.devices))
         if config.communication is not None:
@@ -83,7 +98,7 @@ class Balance:
         An expert with less than the mean load gets more: the other sign would drive all tokens to one expert.
 
         Args:
-            counts_E: [E] assignments of the whole optimizer step, before drops.
+            counts_E: [E] assignments of the whole optimizer step, before drops; no-op experts included.
         """
         config = self.ffn.balance.loss_free
         assert config is not None, "only loss-free balancing moves a bias"
@@ -109,7 +124,7 @@ class RoutingRecord(LayerRecord):
     """What one layer's router did with the valid tokens of one forward pass.
 
     Attributes:
-        counts_E: [E] int64, assignments per expert, before any is dropped.
+        counts_E: [E] int64, assignments per expert, before any is dropped; none of no-op experts.
         dropped_capacity: scalar int64, assignments for which their expert had no room.
         dropped_device: scalar int64, assignments beyond a device's budget.
         dropped_router: scalar int64, choices that the router itself gave up.
@@ -128,15 +143,17 @@ class RoutingRecord(LayerRecord):
     def of(routing: Routing, plan: Plan, context: RoutingContext, balance: Balance) -> RoutingRecord:
         """Sum up one forward pass."""
         tokens = RoutedTokens(routing, context)
+        num_experts = len(tokens.assigned_E) - balance.num_noops
+        counts_E, idle_Z = torch.split(tokens.assigned_E, [num_experts, balance.num_noops])
         declined = tokens.chosen_TK & routing.declined_TK if routing.declined_TK is not None else None
         given_up = tokens.assigned_E.new_zeros(()) if declined is None else declined.sum()
-        overflow = tokens.chosen_TK.sum() - given_up - plan.kept_TK.sum()  # padding is never kept
+        overflow = counts_E.sum() - given_up - plan.kept_TK.sum()  # padding is never kept
         none = torch.zeros_like(overflow)
         probabilities_TE = routing.probabilities_TE.detach()
         entropy_T = -torch.xlogy(probabilities_TE, probabilities_TE).sum(dim=1)
-        return RoutingRecord(
+        record = RoutingRecord(
             tokens=context.valid_T.sum(),
-            counts_E=tokens.assigned_E,
+            counts_E=counts_E,
             dropped_capacity=none if plan.device_limited else overflow,
             dropped_device=overflow if plan.device_limited else none,
             dropped_router=given_up,
@@ -144,6 +161,14 @@ class RoutingRecord(LayerRecord):
             entropy_sum=(entropy_T * context.valid_T).sum(dtype=torch.float64),
             statistics=tuple(loss.measure(tokens) for loss in balance.losses),
         )
+        if routing.last_BE is not None:
+            return TakingRecord.extended(record, routing.last_BE)
+        return NoopRecord(**vars(record), idle_Z=idle_Z) if balance.num_noops else record
+
+    @property
+    def choices_E(self) -> Tensor:
+        """[E] int64: assignments of all that a token may choose."""
+        return self.counts_E
 
     def figures(self) -> dict[str, object]:
         """Return what is written down of the layer.
@@ -153,8 +178,8 @@ class RoutingRecord(LayerRecord):
         share that went to another expert for want of room. ``max_violation``: fullest expert over the mean, minus one
         (arXiv 2408.15664, eq. 4). ``entropy``: of the router's probabilities, mean over tokens, in nats.
         """
-        assignments = self.counts_E.sum().clamp(min=1)
-        load_E = self.counts_E / assignments
+        assignments = self.choices_E.sum().clamp(min=1)
+        load_E = self.choices_E / assignments
         by_cause = [self.dropped_capacity, self.dropped_device, self.dropped_router]
         capacity, device, router = ((dropped / assignments).item() for dropped in by_cause)
         return {
@@ -164,7 +189,48 @@ class RoutingRecord(LayerRecord):
             "dropped_device_fraction": device,
             "dropped_router_fraction": router,
             "rerouted_fraction": (self.rerouted / assignments).item(),
-            "max_violation": (load_E.max() * self.counts_E.numel() - 1).item(),
+            "max_violation": (load_E.max() * load_E.numel() - 1).item(),
             "entropy": (self.entropy_sum / self.tokens.clamp(min=1)).item(),
             "dead_experts": int((self.counts_E == 0).sum()),
         }
+
+
+@dataclass(frozen=True)
+class NoopRecord(RoutingRecord):
+    """The same of a layer with no-op experts.
+
+    Attributes:
+        idle_Z: [Z] int64, choices of each no-op expert; of no kind of drop, as nothing was to be computed.
+    """
+
+    idle_Z: Tensor
+
+    @property
+    def choices_E(self) -> Tensor:
+        """[E + Z] int64: assignments of all that a token may choose."""
+        return torch.cat([self.counts_E, self.idle_Z])
+
+    def figures(self) -> dict[str, object]:
+        """Return what is written down: shares are of all E + Z; ``noop_share``: the choices that compute nothing."""
+        choices = self.choices_E.sum().clamp(min=1)
+        return super().figures() | {"noop_share": (self.idle_Z.sum() / choices).item()}
+
+
+@dataclass(frozen=True)
+class TakingRecord(RoutingRecord):
+    """The same of a layer whose experts take tokens, and learn a threshold from what they took.
+
+    Attributes:
+        last_sum_E: [E] fp64, over sequences the score of the last token that each expert took.
+        sequences_E: [E] int64, sequences of which it took one.
+    """
+
+    last_sum_E: Tensor
+    sequences_E: Tensor
+
+    @staticmethod
+    def extended(record: RoutingRecord, last_BE: Tensor) -> TakingRecord:
+        """Return the record with sums of the last scores [B, E], inf where an expert took no token of a sequence."""
+        took_BE = last_BE.isfinite()
+        sum_E = torch.where(took_BE, last_BE, 0.0).sum(dim=0, dtype=torch.float64)
+        return TakingRecord(**vars(record), last_sum_E=sum_E, sequences_E=took_BE.sum(dim=0))

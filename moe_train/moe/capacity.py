@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from moe_train.config.routing import CapacityConfig, DeviceCapacityConfig, DroplessConfig, FactorCapacityConfig
 from moe_train.dist.peers import Alone, Peers
 from moe_train.moe.context import Purpose, RoutingContext
+from moe_train.moe.limit import Limit
 from moe_train.moe.queues import Priority, Queues, places
 from moe_train.moe.reroute import reroute
 from moe_train.moe.routing import Routing
@@ -40,7 +40,7 @@ class Plan:
     """What will be computed.
 
     Attributes:
-        experts_TK: [T, K] int64, global expert of each assignment.
+        experts_TK: [T, K] int64, global expert of each assignment; any for a no-op expert, which is not kept.
         weights_TK: [T, K] its weight, at least fp32, differentiable.
         kept_TK: [T, K] bool; what is not kept contributes nothing, and the residual stream carries the token.
         all_kept: True when kept_TK is known to be all true without looking (no limit, no padding).
@@ -76,41 +76,6 @@ class Admissions:
 
 
 @dataclass(frozen=True)
-class Limit:
-    """Room as a function of the tokens that compete for it.
-
-    ceil(factor · n · K / E), at least the minimum and at most what n tokens can ask for: the expert capacity of GShard
-    (arXiv 2006.16668, algorithm 1) and, with devices in the place of experts, the budget of DeepSeek-V2 (arXiv
-    2405.04434, section 2.2.4).
-
-    Attributes:
-        factor: relative to a balanced load.
-        top_k: choices K per token.
-        num_destinations: experts, or devices.
-        per_token: choices of one token that can have the same destination.
-        minimum: least room, in assignments.
-    """
-
-    factor: float
-    top_k: int
-    num_destinations: int
-    per_token: int = 1
-    minimum: int = 1
-
-    def of(self, num_tokens: int) -> int:
-        """Return the room for a number n of tokens, in assignments."""
-        balanced = math.ceil(self.factor * num_tokens * self.top_k / self.num_destinations)
-        return min(num_tokens * self.per_token, max(self.minimum, balanced))
-
-    def of_each(self, tokens_G: Tensor) -> Tensor:
-        """Return the same for each of several numbers [G], int64, without waiting for the device."""
-        asked_G = tokens_G.to(torch.float64) * self.factor * self.top_k
-        # CUDA divides by a number as it multiplies by its inverse, which rounds otherwise; by a tensor it divides.
-        balanced_G = (asked_G / torch.full_like(asked_G, self.num_destinations)).ceil().to(torch.int64)
-        return torch.minimum(tokens_G * self.per_token, balanced_G.clamp(min=self.minimum))
-
-
-@dataclass(frozen=True)
 class Capacity:
     """The rule of a layer.
 
@@ -118,11 +83,13 @@ class Capacity:
         config: kind and factors.
         num_experts: experts E of the layer.
         top_k: choices K per token.
+        num_noops: further choices Z of the router, which are nothing to compute: they have no limit.
     """
 
     config: CapacityConfig
     num_experts: int
     top_k: int
+    num_noops: int = 0
 
     def limit(self, training: bool) -> Limit | None:
         """Return how much an expert, or a device, takes; None: everything."""
@@ -131,7 +98,9 @@ class Capacity:
                 return None
             case FactorCapacityConfig() as config:
                 factor = config.factor if training else config.eval_factor
-                return None if factor is None else Limit(factor, self.top_k, self.num_experts, minimum=config.minimum)
+                if factor is None:
+                    return None
+                return Limit(factor, self.top_k, self.num_experts, minimum=config.minimum, num_noops=self.num_noops)
             case DeviceCapacityConfig() as config:
                 return Limit(config.factor, self.top_k, config.devices, per_token=self.top_k) if training else None
 
@@ -143,7 +112,17 @@ class Capacity:
             context: the sequences that these tokens are, and the ranks that hold the others.
             training: whether the limits of training hold, or those of evaluation, in which nothing is drawn.
         """
-        wanted_TK = wanted(routing, context)
+        if self.num_noops == 0:
+            return self.admit(routing, context, wanted(routing, context), training)
+        ranking_TE = routing.ranking_TE.clone()
+        ranking_TE[:, self.num_experts :] = float("-inf")  # nothing is rerouted to where nothing is done
+        routing = replace(routing, ranking_TE=ranking_TE)
+        wanted_TK = wanted(routing, context) & (routing.experts_TK < self.num_experts)
+        plan = self.admit(routing, context, wanted_TK, training)
+        return replace(plan, experts_TK=plan.experts_TK.clamp(max=self.num_experts - 1), all_kept=False)
+
+    def admit(self, routing: Routing, context: RoutingContext, wanted_TK: Tensor, training: bool) -> Plan:
+        """Decide who of those that ask for an expert [T, K] is kept; see `plan`."""
         limit = self.limit(training)
         match self.config:
             case FactorCapacityConfig() as config if limit is not None:

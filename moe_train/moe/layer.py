@@ -10,6 +10,7 @@ from moe_train.moe.capacity import Capacity
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.exchange import Exchange
 from moe_train.moe.experts import Experts
+from moe_train.moe.head_experts import HeadExperts
 from moe_train.moe.placement import Placement
 from moe_train.moe.record import LayerOutput
 from moe_train.moe.routers import Router
@@ -32,7 +33,7 @@ class MoELayer(nn.Module):
         router: Router,
         capacity: Capacity,
         exchange: Exchange,
-        experts: Experts,
+        experts: Experts | HeadExperts,
         balance: Balance,
         shared: nn.Module | None,
     ) -> None:

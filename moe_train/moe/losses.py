@@ -242,3 +242,51 @@ class ZLoss:
     def value(self, totals: Tensor) -> Tensor:
         """Return n times the loss."""
         return totals.sum()
+
+
+@dataclass(frozen=True)
+class EntropyLoss:
+    """Σ_e p_e·log p_e with p the mean softmax of the logits (sigma-MoE, arXiv 2310.10837, eq. 20 and 21).
+
+    Least, at -log E, when the mean is even: a single token may be as sure of itself as it likes. Where several routers
+    stand side by side, one per head, each has a softmax of its own, and their losses are added.
+
+    Attributes:
+        coef: weight.
+        scope: tokens over which p is the mean.
+        heads: routers side by side, each with E / heads consecutive experts.
+    """
+
+    coef: float
+    scope: Scope
+    heads: int = 1
+    name: str = "entropy_loss"
+
+    @property
+    def needs_totals(self) -> bool:
+        """The logarithm is taken of a mean, which has to be known first."""
+        return self.scope == "global"
+
+    def measure(self, tokens: RoutedTokens) -> Tensor:
+        """Return [1 + E]: valid tokens and the mass of the experts, or for the other scopes the finished sum [1]."""
+        logits_TE, valid_T = tokens.routing.logits_TE, tokens.context.valid_T
+        shares_THE = logits_TE.view(len(logits_TE), self.heads, -1).softmax(dim=2)
+        masked_TE = (shares_THE.flatten(1) * valid_T.unsqueeze(1)).to(torch.float64)
+        mass_BE = masked_TE.view(-1, tokens.context.length, masked_TE.shape[1]).sum(dim=1)
+        if self.scope == "sequence":
+            valid_B1 = valid_T.view(-1, tokens.context.length).sum(dim=1, keepdim=True)
+            return self.sum(valid_B1, mass_BE).sum().view(1)
+        if self.scope == "micro":
+            return self.sum(tokens.tokens_1, mass_BE.sum(dim=0)).view(1)
+        return torch.cat([tokens.tokens_1, mass_BE.sum(dim=0)])
+
+    def sum(self, num_1: Tensor, mass_E: Tensor) -> Tensor:
+        """Return n times the loss of n tokens [..., 1], from the sums of their shares [..., E]."""
+        shares_E = mass_E / num_1.detach().clamp(min=1)
+        # Without tokens the shares are 0, where the logarithm has no slope.
+        logarithms_E = shares_E.clamp(min=torch.finfo(shares_E.dtype).tiny).log()
+        return (num_1.detach() * shares_E * logarithms_E).sum(dim=-1)
+
+    def value(self, totals: Tensor) -> Tensor:
+        """Return n times the loss."""
+        return self.sum(totals[:1], totals[1:]) if self.scope == "global" else totals.sum()

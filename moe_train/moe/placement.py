@@ -76,5 +76,5 @@ def set_placement(layer: MoELayer, experts: Sequence[int]) -> None:
         layer: on its device.
         experts: global index of the expert at each place, equal on all ranks.
     """
-    layer.placement.set(experts, layer.experts.down_LFD.device)
+    layer.placement.set(experts, next(layer.experts.parameters()).device)
     give_experts(layer.experts, [experts[place] for place in layer.exchange.experts])

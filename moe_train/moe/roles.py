@@ -32,6 +32,7 @@ class Role:
         truncated: values beyond two standard deviations are drawn again.
         mean: of the initial values.
         decays: whether a matrix is subject to weight decay; vectors never are.
+        num_experts: for Kind.EXPERT, experts of the layer over all ranks; None: as many as a feed-forward layer has.
     """
 
     kind: Kind
@@ -40,6 +41,7 @@ class Role:
     truncated: bool = False
     mean: float = 0.0
     decays: bool = True
+    num_experts: int | None = None
 
 
 def roles_of(model: nn.Module) -> dict[str, Role]:

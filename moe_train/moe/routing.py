@@ -12,6 +12,8 @@ from torch import Tensor
 class Routing:
     """The decisions for T tokens.
 
+    Where a layer has no-op experts E counts them, too: they are the last ones.
+
     Attributes:
         logits_TE: [T, E] the router's raw scores, at least fp32, before noise and bias: what the z-loss takes.
         probabilities_TE: [T, E] rows sum to one: P of the balance losses, and what the entropy is of.
@@ -24,6 +26,8 @@ class Routing:
         counted_TM: [T, M] int64, the choices whose share is the load f of the balance losses; None: experts_TK.
         load_TE: [T, E] smooth estimate of being chosen (Shazeer et al. 2017, eq. 9), differentiable; None: the router
             has no noise.
+        last_BE: [B, E] score of the last token that each expert took of each sequence, inf where it took none; None:
+            experts take no tokens, or nothing is learnt from them.
     """
 
     logits_TE: Tensor
@@ -36,3 +40,4 @@ class Routing:
     declined_TK: Tensor | None = None
     counted_TM: Tensor | None = None
     load_TE: Tensor | None = None
+    last_BE: Tensor | None = None

@@ -17,19 +17,23 @@ Record: TypeAlias = Mapping[str, Any]
 
 KINDS = ("train", "eval", "event")
 LAYER_KEY = re.compile(r"moe/(layer_\d+\w*)/(\w+)")
+LAYER_NAME = re.compile(r"layer_(?P<depth>\d+)(?:_(?P<part>\w+))?")
+"""Of a block: ``layer_03`` is its feed-forward part, ``layer_03_values`` another that leaves a record."""
 ROUTED = "load"
-"""The figure that every layer with a router has, and no other."""
+"""The figure that every layer with a router over experts has, and no other."""
 COUPLED = "similarity"
 """The figure that every layer of experts coupled by a graph has, and no other."""
+DEEP = "chosen_share"
+"""The figure that every block has which only some tokens pass, and nothing else."""
 
 
 @dataclass(frozen=True)
 class ExpertHealth:
-    """State of all routed layers at one step; a field is None when the record has no finite value for it.
+    """State of routed layers at one step; a field is None when the record has no finite value for it.
 
     Attributes:
         imbalance: the worst layer's largest expert load over its mean load; 1.0 is balanced.
-        worst_layer: name of that layer, for example ``layer_03``.
+        worst_layer: name of that layer, for example ``layer_03`` or ``layer_03_values``.
         dead_experts: experts without a token, summed over layers.
         dropped_fraction: mean over layers of the share of assignments that were dropped.
         entropy: mean over layers of the router's entropy, in nats.
@@ -61,6 +65,23 @@ class GraphHealth:
     adjacency_entropy: float | None
 
 
+@dataclass(frozen=True)
+class DepthHealth:
+    """State of all blocks that only some tokens pass, at one step; a field is None when no record has a value for it.
+
+    Attributes:
+        chosen_share: share of the tokens that passed in training, mean over blocks.
+        causal_share: share that would have passed by the choice without later tokens, mean over blocks.
+        causal_accuracy: share of the tokens for which both choices agree, in the block where it is lowest.
+        worst_layer: name of that block's record, for example ``layer_03_depth``.
+    """
+
+    chosen_share: float | None
+    causal_share: float | None
+    causal_accuracy: float | None
+    worst_layer: str
+
+
 def finite(value: object) -> float | None:
     """Return ``value`` as a float, or None when it is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -79,6 +100,31 @@ def moe_layers(keys: Iterable[str], figure: str) -> list[str]:
     return sorted({match[1] for match in matches if match and match[2] == figure})
 
 
+def feed_forward(layers: Iterable[str]) -> list[str]:
+    """Return the names of those layers that are the feed-forward part of their block."""
+    return [layer for layer in layers if part_of(layer) == ""]
+
+
+def attending(layers: Iterable[str]) -> list[str]:
+    """Return the names of those layers that are another part: with a router, the values or the outputs of attention."""
+    return [layer for layer in layers if part_of(layer) != ""]
+
+
+def part_of(layer: str) -> str:
+    """Return which part of its block a layer is: nothing for the feed-forward part, else ``values``, ``depth``, ..."""
+    named = LAYER_NAME.fullmatch(layer)
+    return (named["part"] or "") if named else ""
+
+
+def layer_title(layer: str) -> str:
+    """Return the name of a layer as readers see it: ``layer 3``, ``layer 3, values``."""
+    named = LAYER_NAME.fullmatch(layer)
+    if named is None:
+        return layer.replace("_", " ")
+    part = named["part"] or ""
+    return f"layer {int(named['depth'])}" + (f", {part.replace('_', ' ')}" if part else "")
+
+
 def load_imbalance(load: object) -> float | None:
     """Return the largest over the mean of the experts' loads, or None when they are missing, not finite or all zero.
 
@@ -94,8 +140,17 @@ def load_imbalance(load: object) -> float | None:
 
 
 def expert_health(record: Record) -> ExpertHealth | None:
-    """Return the state of the routed layers of a train record, or None when it has none."""
-    layers = moe_layers(record, ROUTED)
+    """Return the state of the routed feed-forward layers of a train record, or None when it has none."""
+    return routed_health(record, feed_forward(moe_layers(record, ROUTED)))
+
+
+def attention_health(record: Record) -> ExpertHealth | None:
+    """Return the state of the routed parts of attention of a train record, or None when it has none."""
+    return routed_health(record, attending(moe_layers(record, ROUTED)))
+
+
+def routed_health(record: Record, layers: Sequence[str]) -> ExpertHealth | None:
+    """Return the state of some routed layers together, or None of nothing."""
     if not layers:
         return None
     imbalances = {layer: load_imbalance(record[f"moe/{layer}/{ROUTED}"]) or 0.0 for layer in layers}
@@ -123,6 +178,21 @@ def graph_health(record: Record) -> GraphHealth | None:
         effective_rank=mean(layer_values(record, layers, "effective_rank")),
         message_norm=mean(layer_values(record, layers, "message_norm")),
         adjacency_entropy=mean(layer_values(record, layers, "adjacency_entropy")),
+    )
+
+
+def depth_health(record: Record) -> DepthHealth | None:
+    """Return the state of the blocks that only some tokens pass, or None when a train record has none."""
+    layers = moe_layers(record, DEEP)
+    if not layers:
+        return None
+    known = {layer: found[0] for layer in layers if (found := layer_values(record, [layer], "causal_accuracy"))}
+    worst = min(known, key=lambda layer: known[layer], default=layers[0])
+    return DepthHealth(
+        chosen_share=mean(layer_values(record, layers, DEEP)),
+        causal_share=mean(layer_values(record, layers, "causal_share")),
+        causal_accuracy=known.get(worst),
+        worst_layer=worst,
     )
 
 

@@ -26,46 +26,102 @@ def causal_attention(
     sinks_H: Tensor | None = None,
     compute: Compute = "auto",
 ) -> Tensor:
-    """Attend to this and earlier positions.
+    """Attend to this and earlier positions. Queries may be fewer than keys: they are of the last positions then.
 
     Args:
         q_BHSW: [B, H, S, W] queries.
-        k_BGSW: [B, G, S, W] keys; each of the G heads serves H / G consecutive query heads (GQA, arXiv 2305.13245).
-        v_BGSU: [B, G, S, U] values.
+        k_BGSW: [B, G, J, W] keys of J >= S positions; each of the G heads serves H / G consecutive query heads (GQA,
+            arXiv 2305.13245).
+        v_BGSU: [B, G, J, U] values.
         scale: multiplies the scores; None: 1 / sqrt(W).
         window: positions that a query sees, its own included; None: all earlier ones.
         sinks_H: [H] scores that take part in the softmax of every query and have no value (gpt-oss); None: none.
-        compute: fused: torch's scaled_dot_product_attention; products: `attend_by_products`; auto: the faster one.
+        compute: fused: torch's scaled_dot_product_attention; products: `attend_by_products`; auto: the faster one. One
+            query that is the last of several positions goes a shorter way (`attend_with_one_query`).
 
     Returns:
         [B, H, S, U].
     """
     scale = q_BHSW.shape[-1] ** -0.5 if scale is None else scale
+    length, earlier = q_BHSW.shape[2], k_BGSW.shape[2] - q_BHSW.shape[2]
+    assert earlier >= 0, "a query is at the position of a key"
+    if length == 1 and earlier > 0:
+        return attend_with_one_query(q_BHSW, k_BGSW, v_BGSU, scale, window, sinks_H)
     shared = q_BHSW.shape[1] // k_BGSW.shape[1]
     if shared > 1:
         k_BGSW, v_BGSU = (t.repeat_interleave(shared, dim=1) for t in (k_BGSW, v_BGSU))
-    if compute == "products" or (compute == "auto" and gains_by_products(q_BHSW, window)):
+    if compute == "products" or (compute == "auto" and gains_by_products(q_BHSW, earlier + length, window)):
         return attend_by_products(q_BHSW, k_BGSW, v_BGSU, scale, window, sinks_H)
+    return attend_fused(q_BHSW, k_BGSW, v_BGSU, scale, window, sinks_H)
+
+
+def attend_fused(
+    q_BHSW: Tensor, k_BHSW: Tensor, v_BHSU: Tensor, scale: float, window: int | None, sinks_H: Tensor | None
+) -> Tensor:
+    """Do it with torch's scaled_dot_product_attention; arguments and result as in `attend_by_products`."""
+    length, earlier = q_BHSW.shape[2], k_BHSW.shape[2] - q_BHSW.shape[2]
+    sinks = int(sinks_H is not None)
     if sinks_H is not None:
-        q_BHSW, k_BGSW, v_BGSU = with_sinks(q_BHSW, k_BGSW, v_BGSU, sinks_H / scale)
-    length, sinks = q_BHSW.shape[2], int(sinks_H is not None)
-    if window is None or window >= length - sinks:
-        y_BHSU = F.scaled_dot_product_attention(q_BHSW, k_BGSW, v_BGSU, is_causal=True, scale=scale)
+        q_BHSW, k_BHSW, v_BHSU = with_sinks(q_BHSW, k_BHSW, v_BHSU, sinks_H / scale)
+    if earlier == 0 and (window is None or window >= length):
+        y_BHSU = F.scaled_dot_product_attention(q_BHSW, k_BHSW, v_BHSU, is_causal=True, scale=scale)
     else:
-        seen_SS = window_mask(length - sinks, window, q_BHSW.device)
-        seen_SS = F.pad(seen_SS, (sinks, 0, sinks, 0), value=True)
-        y_BHSU = F.scaled_dot_product_attention(q_BHSW, k_BGSW, v_BGSU, attn_mask=seen_SS, scale=scale)
+        # torch's own triangle begins at the first key, whichever position the first query has.
+        seen_SJ = window_mask(length, window or earlier + length, q_BHSW.device, earlier)
+        seen_SJ = F.pad(seen_SJ, (sinks, 0, sinks, 0), value=True)
+        y_BHSU = F.scaled_dot_product_attention(q_BHSW, k_BHSW, v_BHSU, attn_mask=seen_SJ, scale=scale)
     return y_BHSU[:, :, sinks:]
 
 
-def gains_by_products(q_BHSW: Tensor, window: int | None) -> bool:
-    """Return whether products are faster: on a CPU, where there is a backward pass, for lengths that were measured."""
+def attend_with_one_query(
+    q_BH1W: Tensor, k_BGJW: Tensor, v_BGJU: Tensor, scale: float, window: int | None, sinks_H: Tensor | None
+) -> Tensor:
+    """Attend from the last position alone, as each token does that is generated.
+
+    All in its window is seen: nothing is masked. Query heads that share keys stand in the place of several queries, so
+    that no key is copied, and the work is that of reading keys and values once.
+
+    Args:
+        q_BH1W: [B, H, 1, W] query.
+        k_BGJW: [B, G, J, W] keys.
+        v_BGJU: [B, G, J, U] values.
+        scale: multiplies the scores.
+        window: positions that it sees, its own included; None: all.
+        sinks_H: [H] scores without a value; None: none.
+
+    Returns:
+        [B, H, 1, U].
+    """
+    if window is not None:
+        k_BGJW, v_BGJU = k_BGJW[:, :, -window:], v_BGJU[:, :, -window:]
+    q_BGNW = q_BH1W.reshape(len(q_BH1W), k_BGJW.shape[1], -1, q_BH1W.shape[-1])  # N: H / G heads
+    if sinks_H is None and k_BGJW.shape[-1] == v_BGJU.shape[-1]:
+        y_BGNU = F.scaled_dot_product_attention(q_BGNW, k_BGJW, v_BGJU, scale=scale)
+    else:
+        # Else torch has no fused kernel, and its products round scores to the dtype of the keys.
+        precise = torch.promote_types(q_BGNW.dtype, torch.float32)
+        scores_BGNJ = (scale * q_BGNW.to(precise)) @ k_BGJW.to(precise).transpose(2, 3)
+        if sinks_H is not None:
+            sinks_BGN1 = sinks_H.to(precise).view(1, *q_BGNW.shape[1:3], 1).expand(len(q_BGNW), -1, -1, -1)
+            scores_BGNJ = torch.cat([scores_BGNJ, sinks_BGN1], dim=-1)
+        shares_BGNJ = scores_BGNJ.softmax(dim=-1)[..., : k_BGJW.shape[2]]
+        y_BGNU = shares_BGNJ.to(v_BGJU.dtype) @ v_BGJU
+    return y_BGNU.reshape(*q_BH1W.shape[:3], -1)
+
+
+def gains_by_products(q_BHSW: Tensor, positions: int, window: int | None) -> bool:
+    """Return whether products are faster: on a CPU, where there is a backward pass, for lengths that were measured.
+
+    Args:
+        q_BHSW: [B, H, S, W] queries.
+        positions: number of keys.
+        window: positions that a query sees; None: all earlier ones.
+    """
     if q_BHSW.device.type != "cpu" or not (torch.is_grad_enabled() and q_BHSW.requires_grad):
         return False
-    length = q_BHSW.shape[2]
-    if min(length, window or length) > LONGEST:
+    if min(positions, window or positions) > LONGEST:
         return False
-    return q_BHSW.dtype == torch.bfloat16 or (q_BHSW.dtype == torch.float32 and length >= SHORTEST_FP32)
+    return q_BHSW.dtype == torch.bfloat16 or (q_BHSW.dtype == torch.float32 and positions >= SHORTEST_FP32)
 
 
 def with_sinks(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSU: Tensor, scores_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,12 +132,12 @@ def with_sinks(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSU: Tensor, scores_H: Tensor)
 
     Args:
         q_BHSW: [B, H, S, W] queries.
-        k_BHSW: [B, H, S, W] keys.
-        v_BHSU: [B, H, S, U] values.
+        k_BHSW: [B, H, J, W] keys.
+        v_BHSU: [B, H, J, U] values.
         scores_H: [H] scores before they are scaled.
 
     Returns:
-        Queries and keys [B, H, S + 1, W + 1], values [B, H, S + 1, U].
+        Queries [B, H, S + 1, W + 1], keys [B, H, J + 1, W + 1], values [B, H, J + 1, U].
     """
     batch, heads, _, width = q_BHSW.shape
     sink_BHW = F.pad(scores_H.to(k_BHSW.dtype).view(1, heads, 1, 1), (width, 0)).expand(batch, -1, -1, -1)
@@ -90,11 +146,18 @@ def with_sinks(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSU: Tensor, scores_H: Tensor)
     return q_BHSW, k_BHSW, F.pad(v_BHSU, (0, 0, 1, 0))
 
 
-def window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """Return [S, S] bool: whether query i sees key j, that is i - window < j <= i."""
-    positions_S = torch.arange(length, device=device)
-    distance_SS = positions_S.unsqueeze(1) - positions_S
-    return (distance_SS >= 0) & (distance_SS < window)
+def window_mask(length: int, window: int, device: torch.device, earlier: int = 0) -> Tensor:
+    """Return [S, J] bool: whether a query sees key j: the one at position i if i - window < j <= i.
+
+    Args:
+        length: queries S, the last of the J positions.
+        window: positions that a query sees, its own included.
+        device: of the result.
+        earlier: positions before the first query: J - S.
+    """
+    positions_J = torch.arange(earlier + length, device=device)
+    distance_SJ = positions_J[earlier:].unsqueeze(1) - positions_J
+    return (distance_SJ >= 0) & (distance_SJ < window)
 
 
 def causal_attention_reference(
@@ -109,17 +172,19 @@ def causal_attention_reference(
     """Do the same with a plain softmax, one head and one query at a time, whatever ``compute`` is."""
     shared = q_BHSW.shape[1] // k_BGSW.shape[1]
     length, width = q_BHSW.shape[2:]
+    earlier = k_BGSW.shape[2] - length
     scale = width**-0.5 if scale is None else scale
     heads = []
     for head in range(q_BHSW.shape[1]):
         k_BSW, v_BSU = k_BGSW[:, head // shared], v_BGSU[:, head // shared]
         rows = []
         for i in range(length):
-            first = 0 if window is None else max(0, i + 1 - window)
-            scores_BJ = (k_BSW[:, first : i + 1] @ q_BHSW[:, head, i].unsqueeze(2)).squeeze(2) * scale
+            end = earlier + i + 1
+            first = 0 if window is None else max(0, end - window)
+            scores_BJ = (k_BSW[:, first:end] @ q_BHSW[:, head, i].unsqueeze(2)).squeeze(2) * scale
             if sinks_H is not None:
                 scores_BJ = torch.cat([scores_BJ, sinks_H[head].expand(len(scores_BJ), 1)], dim=1)
-            shares_BJ = scores_BJ.softmax(dim=1)[:, : i + 1 - first]
-            rows.append((shares_BJ.unsqueeze(1) @ v_BSU[:, first : i + 1]).squeeze(1))
+            shares_BJ = scores_BJ.softmax(dim=1)[:, : end - first]
+            rows.append((shares_BJ.unsqueeze(1) @ v_BSU[:, first:end]).squeeze(1))
         heads.append(torch.stack(rows, dim=1))
     return torch.stack(heads, dim=1)

@@ -25,8 +25,9 @@ def attend_by_products(
 
     Args:
         q_BHSW: [B, H, S, W] queries.
-        k_BHSW: [B, H, S, W] keys of the same dtype, one head for each of the queries.
-        v_BHSU: [B, H, S, U] values.
+        k_BHSW: [B, H, J, W] keys of the same dtype, one head for each of the queries, which are of the
+            last S of the J positions.
+        v_BHSU: [B, H, J, U] values.
         scale: multiplies the scores.
         window: positions that a query sees, its own included; None: all earlier ones.
         sinks_H: [H] scores without a value, of any dtype; None: none.
@@ -46,21 +47,22 @@ class _Products(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sinks_H: Tensor | None
     ) -> Tensor:
         (batch, heads, length, _), inner = q.shape, v.shape[-1]
-        q_NSW, k_NSW, v_NSU = (t.reshape(batch * heads, length, -1) for t in (q, k, v))
+        earlier = k.shape[2] - length
+        q_NSW, k_NSW, v_NSU = (t.reshape(batch * heads, t.shape[2], -1) for t in (q, k, v))
         scaled_NSW = q_NSW * scale
         y_BSHU = v.new_empty(batch, length, heads, inner)
         kept, lost = [], []
         for start in range(0, length, BLOCK):
-            rows, keys = in_sight(start, length, window)
+            rows, keys = in_sight(start, length, earlier, window)
             scores_NRJ = scaled_NSW[:, rows] @ k_NSW[:, keys].transpose(1, 2)
-            shares_NRJ, lost_NR = shares_of(hide(scores_NRJ, rows, keys, window), sinks_H)
+            shares_NRJ, lost_NR = shares_of(hide(scores_NRJ, earlier + start, keys, window), sinks_H)
             y_BHRU = (shares_NRJ @ v_NSU[:, keys]).view(batch, heads, -1, inner)
             y_BSHU[:, rows] = y_BHRU.transpose(1, 2)
             kept.append(shares_NRJ)
             lost.append(lost_NR)
         of_sinks = () if sinks_H is None else (torch.cat(lost, dim=1), y_BSHU)
         ctx.save_for_backward(q_NSW, k_NSW, v_NSU, *of_sinks, *kept)
-        ctx.scale, ctx.window = scale, window
+        ctx.scale, ctx.window, ctx.earlier = scale, window, earlier
         ctx.sinks_dtype = None if sinks_H is None else sinks_H.dtype
         return y_BSHU.transpose(1, 2)
 
@@ -78,7 +80,7 @@ class _Products(torch.autograd.Function):
         # What blocks add up is added in at least fp32.
         dk_NSW, dv_NSU = (torch.zeros_like(t, dtype=precise(t.dtype)) for t in (k_NSW, v_NSU))
         for start, shares_NRJ in zip(range(0, length, BLOCK), kept, strict=True):
-            rows, keys = in_sight(start, length, ctx.window)
+            rows, keys = in_sight(start, length, ctx.earlier, ctx.window)
             dy_NRU = dy_NSU[:, rows]
             dv_NSU[:, keys] += shares_NRJ.transpose(1, 2) @ dy_NRU
             dshares_NRJ = dy_NRU @ v_NSU[:, keys].transpose(1, 2)
@@ -86,20 +88,35 @@ class _Products(torch.autograd.Function):
             dq_NSW[:, rows] = (dscores_NRJ @ k_NSW[:, keys]).mul_(ctx.scale)
             dk_NSW[:, keys] += dscores_NRJ.transpose(1, 2) @ q_NSW[:, rows]
         gradients = (dq_NSW, dk_NSW.mul_(ctx.scale).to(q_NSW.dtype), dv_NSU.to(v_NSU.dtype))
-        dq, dk, dv = (t.view(batch, heads, length, -1) for t in gradients)
+        dq, dk, dv = (t.view(batch, heads, t.shape[1], -1) for t in gradients)
         return dq, dk, dv, None, None, dsinks_H
 
 
-def in_sight(start: int, length: int, window: int | None) -> tuple[slice, slice]:
-    """Return the queries of the block that starts there, and the keys that any of them sees."""
+def in_sight(start: int, length: int, earlier: int, window: int | None) -> tuple[slice, slice]:
+    """Return the queries of the block that starts there, and the keys that any of them sees.
+
+    Args:
+        start: first query of the block.
+        length: number of queries.
+        earlier: keys before that of the first query.
+        window: positions that a query sees; None: all earlier ones.
+    """
     end = min(start + BLOCK, length)
-    return slice(start, end), slice(0 if window is None else max(0, start + 1 - window), end)
+    first = 0 if window is None else max(0, earlier + start + 1 - window)
+    return slice(start, end), slice(first, earlier + end)
 
 
-def hide(scores_NRJ: Tensor, rows: slice, keys: slice, window: int | None) -> Tensor:
-    """Give what a query does not see the score -inf, in place. Without a window, that is on the diagonal alone."""
-    first = keys.start if window is not None else rows.start
-    rows_R1 = torch.arange(rows.start, rows.stop, device=scores_NRJ.device).unsqueeze(1)
+def hide(scores_NRJ: Tensor, position: int, keys: slice, window: int | None) -> Tensor:
+    """Give what a query does not see the score -inf, in place. Without a window, that is on the diagonal alone.
+
+    Args:
+        scores_NRJ: [N, R, J] of R queries and the keys in sight.
+        position: of the first of these queries.
+        keys: positions of those keys.
+        window: positions that a query sees; None: all earlier ones.
+    """
+    first = keys.start if window is not None else position
+    rows_R1 = torch.arange(position, position + scores_NRJ.shape[1], device=scores_NRJ.device).unsqueeze(1)
     keys_J = torch.arange(first, keys.stop, device=scores_NRJ.device)
     hidden_RJ = keys_J > rows_R1
     if window is not None:

@@ -36,8 +36,10 @@ class Rotary:
         return Rotary(self.cos_SW[first:], self.sin_SW[first:])
 
 
-def rotary_table(length: int, width: int, config: RotaryConfig, dtype: torch.dtype, device: torch.device) -> Rotary:
-    """Return the rotations of the first ``length`` positions, computed in fp64.
+def rotary_table(
+    length: int, width: int, config: RotaryConfig, dtype: torch.dtype, device: torch.device, first: int = 0
+) -> Rotary:
+    """Return the rotations of ``length`` positions, computed in fp64.
 
     Args:
         length: positions S.
@@ -45,8 +47,9 @@ def rotary_table(length: int, width: int, config: RotaryConfig, dtype: torch.dty
         config: base and stretching.
         dtype: of the table; at least fp32, so that late positions keep their phase.
         device: of the table.
+        first: the first of these positions.
     """
-    positions_S = torch.arange(length, dtype=torch.float64, device=device)
+    positions_S = torch.arange(first, first + length, dtype=torch.float64, device=device)
     angles_SW = torch.outer(positions_S, frequencies(width, config, device))
     size = 1.0 if config.yarn is None else rotary_magnitude(config.yarn)
     return Rotary((size * angles_SW.cos()).to(dtype), (size * angles_SW.sin()).to(dtype))

@@ -18,7 +18,7 @@ from moe_train.ops.pointwise import fuse
 from moe_train.parallel.compile import apply_compile
 from moe_train.parallel.engine import Engine, TorchEngine
 from moe_train.parallel.remat import apply_remat
-from moe_train.parallel.shard import shard
+from moe_train.parallel.shard import give_memory, shard
 
 MakeOptimizer: TypeAlias = Callable[[nn.Module], torch.optim.Optimizer]
 Start: TypeAlias = Callable[[Transformer], None]
@@ -63,14 +63,14 @@ def build_engine(
         model = filled(build(world.device), config.run.seed, starter)
     elif starter is None:
         model = build(torch.device("meta"))
-        shard(model, mesh, gather_dtype(config))
-        model.to_empty(device=world.device)
+        shard(model, mesh, gather_dtype(config), config.parallel.offload)
+        give_memory(model, world.device, config.parallel.offload)
         initialise(model, config.run.seed)
     else:
         # What starts a model knows plain tensors. The weights (nothing else) are then whole in the host's memory, as
         # far as they are this rank's: until they are cut.
         model = filled(build(torch.device("cpu")), config.run.seed, starter)
-        shard(model, mesh, gather_dtype(config))
+        shard(model, mesh, gather_dtype(config), config.parallel.offload)
     return TorchEngine(model, make_optimizer(model), mesh)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moe_train.models.blocks import Block
+from moe_train.models.switchhead import SwitchHead
 from moe_train.models.transformer import Transformer
 from moe_train.moe.graph.layer import GraphLayer
 from moe_train.moe.layer import MoELayer
@@ -36,7 +37,10 @@ def static_parts(model: Transformer) -> Iterator[tuple[nn.Module, str]]:
     for block in (outer.inner for outer in model.all_blocks):
         if not isinstance(block, Block):
             continue  # experts that are blocks: their weights are stacked, and each is called by itself
-        yield block, "attend"
+        if isinstance(block.attention, SwitchHead):
+            yield block.attention, "look"
+        else:
+            yield block, "attend"
         if not isinstance(block.ffn, MoELayer | GraphLayer):
             yield block, "feed"
         elif isinstance(block.ffn, MoELayer) and block.ffn.shared is not None:

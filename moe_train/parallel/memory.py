@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_train.config.attention import SwitchHeadConfig
 from moe_train.config.model import ModelConfig
 from moe_train.dist.mesh import Layout
 from moe_train.models.build import is_moe_layer
 from moe_train.models.counts import count
-from moe_train.models.sizes import attention_size, block_size, matrix, network_size, norm_size, times
+from moe_train.models.sizes import (
+    attention_size,
+    block_size,
+    head_experts_size,
+    matrix,
+    network_size,
+    norm_size,
+    times,
+)
 from moe_train.models.transformer import PRECISIONS
 
 MOMENTS = 2
@@ -78,14 +87,15 @@ def values_of_model(config: ModelConfig, vocab_size: int) -> Values:
 
 def values_of_block(config: ModelConfig, layer: int) -> Values:
     """Return the weights of one block, those of modules for multi-token prediction included."""
-    stored = block_size(config, layer).stored
+    stored, held = block_size(config, layer).stored, values_of_head_experts(config)
     ffn = config.ffn
     if not is_moe_layer(ffn, layer):
-        return Values(stored, 0)
+        return Values(stored - held, held)
     expert = network_size(config.dim, ffn.expert_dim, ffn.expert_activation or ffn.activation, ffn.expert_bias).stored
     if ffn.graph is not None and ffn.graph.expert == "block":
         expert += times(2, norm_size(config)).stored + attention_size(config).stored
-    return Values(stored - ffn.num_experts * expert, ffn.num_experts * expert)
+    held += ffn.num_experts * expert
+    return Values(stored - held, held)
 
 
 def largest_gathered(config: ModelConfig, vocab_size: int, layout: Layout, precision: str, overlap: int) -> int:
@@ -100,8 +110,20 @@ def largest_gathered(config: ModelConfig, vocab_size: int, layout: Layout, preci
         block = values_of_block(config, layer)
         dense = block.dense + (values_around_block(config) if layer >= config.layers else 0)
         around -= dense + block.experts
-        largest = max(largest, dense * dense_bytes + block.experts // layout.ep * expert_bytes)
+        largest = max(largest, dense * dense_bytes + largest_experts(config, block) // layout.ep * expert_bytes)
     return around * dense_bytes + largest
+
+
+def largest_experts(config: ModelConfig, block: Values) -> int:
+    """Return how many of a block's expert weights are whole at one time: each layer's are dropped before the next."""
+    sides = values_of_head_experts(config)
+    return max(block.experts - sides, sides // 2)
+
+
+def values_of_head_experts(config: ModelConfig) -> int:
+    """Return the weights of the experts on both sides of a block's attention, where it has some."""
+    attention = config.attention
+    return head_experts_size(config, attention).stored if isinstance(attention, SwitchHeadConfig) else 0
 
 
 def values_around_block(config: ModelConfig) -> int:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from moe_train.models.blocks import Block, CoupledBlocks, TransformerBlock
+from moe_train.models.switchhead import SwitchHead
 from moe_train.models.transformer import Transformer
 from moe_train.moe.graph.layer import GraphLayer
 from moe_train.moe.layer import MoELayer
@@ -77,15 +78,31 @@ def regions_of(block: TransformerBlock) -> Iterator[Region]:
     assert isinstance(block, Block | CoupledBlocks), "these two have parts"
     layer = block.layer if isinstance(block, CoupledBlocks) else block.ffn
     if isinstance(block, Block):
-        yield Region(block, "attend", FUSED_ATTENTION)
+        yield from regions_of_attention(block)
     if isinstance(layer, MoELayer):
-        modules = (layer.router, layer.experts, layer.shared)
-        yield from (Region(module) for module in modules if isinstance(module, nn.Module))
+        yield from regions_of_experts(layer)
     elif isinstance(layer, GraphLayer):
         # With a recomputation of its own, chunk by chunk, it already keeps less than its results.
         yield from () if layer.config.recompute else (Region(layer.experts), Region(layer.coupling))
     else:
         yield Region(block, "feed")
+
+
+def regions_of_attention(block: Block) -> Iterator[Region]:
+    """Yield norm and attention as one; where attention has experts, what lies between its exchanges."""
+    attention = block.attention
+    if not isinstance(attention, SwitchHead):
+        yield Region(block, "attend", FUSED_ATTENTION)
+        return
+    yield from regions_of_experts(attention.values)
+    yield Region(attention, "look", FUSED_ATTENTION)
+    yield from regions_of_experts(attention.outputs)
+
+
+def regions_of_experts(layer: MoELayer) -> Iterator[Region]:
+    """Yield what a layer with experts computes here."""
+    modules = (layer.router, layer.experts, layer.shared)
+    return (Region(module) for module in modules if isinstance(module, nn.Module))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Shard
 
 from moe_train.dist.mesh import Mesh
@@ -26,7 +33,7 @@ from moe_train.moe.roles import Kind, roles_of
 from moe_train.parallel.gradients import squared_norm
 
 
-def shard(model: Transformer, mesh: Mesh, gather_dtype: torch.dtype | None = None) -> None:
+def shard(model: Transformer, mesh: Mesh, gather_dtype: torch.dtype | None = None, offload: bool = False) -> None:
     """Shard a model in place: from now on its parameters are DTensors, plain only while they are used.
 
     Args:
@@ -34,25 +41,52 @@ def shard(model: Transformer, mesh: Mesh, gather_dtype: torch.dtype | None = Non
         mesh: its groups, sharding among them.
         gather_dtype: in which routed experts' weights travel and are used; None: as they are kept. Gradients are summed
             as the weights are kept.
+        offload: whether weights and gradients are kept in the host's memory, and so by an optimizer its state: each
+            unit's come to the device when it is used.
     """
     sharding = mesh.sharding
     assert sharding is not None, "this mesh shards nothing"
+    place = place_of(offload)
     # No caller changes in place what a module returned.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     for block in model.all_blocks:
-        shard_block(block, sharding.dense, sharding.experts, gather_dtype)
+        shard_block(block, sharding.dense, sharding.experts, gather_dtype, place)
     for module in model.mtp:
-        fully_shard(module, mesh=sharding.dense)
+        fully_shard(module, mesh=sharding.dense, offload_policy=place)
     # What the model holds itself is wanted at both ends of a pass: it stays from the forward pass to the backward pass.
-    fully_shard(model, mesh=sharding.dense, reshard_after_forward=False)
+    fully_shard(model, mesh=sharding.dense, reshard_after_forward=False, offload_policy=place)
     for unit in units_of(model):
         # Plain sums: the first alone averages, the second alone fails on gloo for all dtypes but fp64.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
 
 
+def place_of(offload: bool) -> OffloadPolicy:
+    """Return where shards are kept: with their device, or in the host's memory, pinned where there is a device."""
+    return CPUOffloadPolicy(pin_memory=torch.accelerator.is_available()) if offload else OffloadPolicy()
+
+
+def device_of(model: Transformer, mesh: Mesh) -> torch.device:
+    """Return where a model computes; shards of its weights may be kept in the host's memory."""
+    if mesh.sharding is None:
+        return model.embedding_VD.device
+    return torch.device(mesh.sharding.dense.device_type)  # without an index: the one that this process chose
+
+
+def give_memory(model: Transformer, device: torch.device, offload: bool) -> None:
+    """Give a sharded model on the meta device memory without values: buffers are always with the device."""
+    model.to_empty(device=torch.device("cpu") if offload else device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
 def shard_block(
-    block: TransformerBlock, dense: DeviceMesh, experts: DeviceMesh, gather_dtype: torch.dtype | None
+    block: TransformerBlock,
+    dense: DeviceMesh,
+    experts: DeviceMesh,
+    gather_dtype: torch.dtype | None,
+    place: OffloadPolicy,
 ) -> None:
     """Shard the experts of a block, then what is around them."""
     for layer in block.expert_layers.values():
@@ -64,13 +98,15 @@ def shard_block(
                 mesh=experts,
                 mp_policy=policy if gather_dtype else MixedPrecisionPolicy(),
                 shard_placement_fn=placement_over(experts.size(1)),
+                offload_policy=place,
             )
         elif isinstance(layer, GraphLayer):
-            fully_shard(layer.experts, mesh=experts, shard_placement_fn=placement_over(experts.size(1)))
-            fully_shard(layer, mesh=dense)
+            placement = placement_over(experts.size(1))
+            fully_shard(layer.experts, mesh=experts, shard_placement_fn=placement, offload_policy=place)
+            fully_shard(layer, mesh=dense, offload_policy=place)
             register_fsdp_forward_method(layer, "figures")  # which reads weights between the passes
     if not isinstance(block, CoupledBlocks):  # which has nothing but its layer
-        fully_shard(block, mesh=dense)
+        fully_shard(block, mesh=dense, offload_policy=place)
 
 
 def reduce_dtype_of(module: nn.Module) -> torch.dtype:

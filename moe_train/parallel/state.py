@@ -30,7 +30,13 @@ def optimizer_parts(model: Transformer, optimizer: torch.optim.Optimizer) -> dic
 
 
 def part_of(values: Tensor, role: Role, num_experts: int) -> Part:
-    """Return the part that a tensor is, of a parameter with this role or of its optimizer state."""
+    """Return the part that a tensor is, of a parameter with this role or of its optimizer state.
+
+    Args:
+        values: what is held here.
+        role: of the parameter.
+        num_experts: of a feed-forward layer, where the role names no other number.
+    """
     if role.kind is Kind.EXPERT and values.dim() > 0:  # the number of steps has no dimension
-        return Part.of_experts(values, role.experts, num_experts)
+        return Part.of_experts(values, role.experts, role.num_experts or num_experts)
     return Part.of(values)

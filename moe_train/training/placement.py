@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_train.checkpoint.reader import Checkpoint
 from moe_train.config.model import FFNConfig
-from moe_train.config.routing import GroupLimitedRouterConfig
+from moe_train.config.routing import GroupLimitedRouterConfig, HierarchicalRouterConfig
 from moe_train.dist.comm import sum_over
 from moe_train.dist.mesh import Mesh
 from moe_train.dist.parts import Box, Part
@@ -123,7 +123,7 @@ class Rebalancer:
     @property
     def device(self) -> torch.device:
         """Where the experts are."""
-        return next(iter(self.layers.values())).experts.down_LFD.device
+        return next(next(iter(self.layers.values())).experts.parameters()).device
 
     def observe(self, tally: Tally) -> None:
         """Count the assignments of a step. Neither travels nor waits for the device."""
@@ -228,11 +228,15 @@ def blocks_of(ffn: FFNConfig, ep: int) -> int:
 
     A group-limited router bounds the groups of experts that a token visits, and so the nodes, as long as each group
     stays on ranks of its own (DeepSeek-V3, section 2.1.2). Where a group is no more than a rank that leaves nothing to
-    even out, and experts go anywhere.
+    even out, and experts go anywhere. Not so where the first level of a hierarchical router is mapped on ranks: its
+    groups bound the ranks that a token visits, and no expert leaves the ranks of its group.
     """
     router = ffn.router
-    limited = isinstance(router, GroupLimitedRouterConfig) and router.groups < ep and ep % router.groups == 0
-    return router.groups if limited and isinstance(router, GroupLimitedRouterConfig) else 1
+    if isinstance(router, HierarchicalRouterConfig) and router.groups % ep == 0:
+        return ep
+    if not isinstance(router, GroupLimitedRouterConfig | HierarchicalRouterConfig):
+        return 1
+    return router.groups if router.groups < ep and ep % router.groups == 0 else 1
 
 
 def restricted(part: Part, experts: Collection[int]) -> Part:

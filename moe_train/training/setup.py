@@ -24,9 +24,8 @@ from moe_train.data.loader import TrainLoader
 from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World
 from moe_train.errors import ConfigError, Problem
+from moe_train.models.exchange import model_exchange
 from moe_train.models.transformer import Transformer
-from moe_train.moe.capacity import is_padded
-from moe_train.moe.exchange import exchange_for
 from moe_train.observe.environment import environment
 from moe_train.parallel.build import Start, build_engine
 from moe_train.parallel.deepspeed.settings import write_settings
@@ -123,8 +122,7 @@ def build_run(config: TrainConfig, world: World, starter: Starter) -> Run:
 def start_engine(config: TrainConfig, world: World, mesh: Mesh, corpus: Corpus, first: Start | None) -> Engine:
     """Build model and optimizer, with random first values or those that ``first`` gives. Collective."""
     vocab_size = embedding_rows(config.model, corpus.tokenizer.vocab_size)
-    ffn = config.model.ffn
-    exchange = exchange_for(mesh, ffn.num_experts, is_padded(ffn.capacity), config.parallel, ffn.top_k)
+    exchange = model_exchange(mesh, config.model, config.parallel)
     make_optimizer = partial(build_optimizer, config=config.optim)
     return build_engine(config, mesh, world, exchange, vocab_size, make_optimizer, first)
 

@@ -13,11 +13,13 @@ from moe_train.dist.comm import sum_over
 from moe_train.dist.mesh import Mesh
 from moe_train.dist.peers import Together
 from moe_train.models.transformer import ModelLosses, Transformer
-from moe_train.moe.balance import RoutingRecord
+from moe_train.moe.balance import RoutingRecord, TakingRecord
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.layer import MoELayer
+from moe_train.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_train.ops.loss import IGNORE
 from moe_train.parallel.engine import Engine
+from moe_train.parallel.shard import device_of
 from moe_train.training.mtp import mtp_labels, mtp_loss
 from moe_train.training.tally import Statistics, Tally, total_statistics
 
@@ -83,6 +85,7 @@ def train_step(engine: Engine, mesh: Mesh, batches: Sequence[Batch], tokens: int
     grad_norm = engine.step(settings.learning_rate, settings.clip_norm)
     if settings.moves_biases:
         move_biases(model, mesh, tally)
+    move_thresholds(model, mesh, tally)
     return StepResult(grad_norm, tally)
 
 
@@ -103,7 +106,7 @@ class Inputs:
 
 def to_inputs(batch: Batch, model: Transformer, mesh: Mesh, seed: int) -> Inputs:
     """Bring a batch to the model's device; positions without a label are padding."""
-    device = model.embedding_VD.device
+    device = device_of(model, mesh)
     tokens_BS = batch.tokens_BS.to(device, non_blocking=True)
     valid_BS = batch.labels_BS != IGNORE
     all_valid = bool(valid_BS.all())  # on the host, where batches are made: nothing waits for the device
@@ -158,7 +161,7 @@ def balance_loss_sum(model: Transformer, output: ModelLosses, totals: list[Stati
 def move_biases(model: Transformer, mesh: Mesh, tally: Tally) -> None:
     """Move the biases of loss-free balancing, once per optimizer step, by the load of all ranks and micro-batches."""
     biased = [
-        (layer.router.bias_E, layer.balance, record.counts_E)
+        (layer.router.bias_E, layer.balance, record.choices_E)
         for layer, record in zip(model.expert_layers.values(), tally.records, strict=True)
         if isinstance(layer, MoELayer) and layer.router.bias_E is not None and isinstance(record, RoutingRecord)
     ]
@@ -167,3 +170,22 @@ def move_biases(model: Transformer, mesh: Mesh, tally: Tally) -> None:
     counts = sum_over(torch.stack([counts_E for _, _, counts_E in biased]), mesh.world)
     for (bias_E, balance, _), counts_E in zip(biased, counts, strict=True):
         bias_E += balance.bias_change(counts_E).to(bias_E.dtype)
+
+
+@torch.no_grad()
+def move_thresholds(model: Transformer, mesh: Mesh, tally: Tally) -> None:
+    """Move the thresholds of experts that take tokens, once per step, by the sequences of all ranks and micro-batches.
+
+    No loss depends on a threshold, and no choice of the training: they are for evaluation and generation.
+    """
+    taking = [
+        (layer.router, torch.stack([record.last_sum_E, record.sequences_E.to(record.last_sum_E.dtype)]))
+        for layer, record in zip(model.expert_layers.values(), tally.records, strict=True)
+        if isinstance(layer, MoELayer) and isinstance(record, TakingRecord)
+    ]
+    if not taking:
+        return
+    totals = sum_over(torch.stack([sums for _, sums in taking]), mesh.world)
+    for (router, _), (sum_E, sequences_E) in zip(taking, totals, strict=True):
+        assert isinstance(router, ExpertChoiceRouter), "no other router learns from what experts took"
+        router.move_threshold(sum_E, sequences_E)

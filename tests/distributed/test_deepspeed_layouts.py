@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from deepspeed_samples import CASE, RATES, Trained, Trial, distances, engine_on, outcomes, train
-from layout_cases import CASES
+from layout_cases import CASES, HEADS
 from layouts import rank_batches
 from spawn import run_ranks
 
@@ -22,8 +22,9 @@ NAMES = {case.name: case for case in CASES}
 HARD = [
     next(case for case in CASES if case.name.startswith(start))
     for start in ("all tokens to one expert for good", "DeepSeek-V3", "gpt-oss", "two modules ahead, dense")
-]
-"""Experts without tokens, ranks without tokens, a moving bias, parameters used twice, tiny groups, and no experts."""
+] + HEADS[:1]
+"""Experts without tokens, ranks without tokens, a moving bias, parameters used twice, tiny groups, no experts, and two
+kinds of them in different numbers."""
 
 
 def on(world_size: int, truth: Trial, trials: list[Trial]) -> tuple[Trained, list[tuple[Trial, Trained]]]:

@@ -67,8 +67,9 @@ def whole(tiny: list[str], data: list[str], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def generate(whole: Whole) -> Generate:
-    def command(seed: int, temperature: float) -> str:
+    def command(seed: int, temperature: float, remember: bool = True) -> str:
         wanted = [f"sample.seed={seed}", f"sample.temperature={temperature}", "sample.max_tokens=40"]
+        wanted += [f"inference.remember={remember}"]
         said = run("generate", ["run.dir=run", "prompt=The end", *wanted], whole.run_dir.parent)
         assert said.stdout.startswith("The end")
         return said.stdout
@@ -155,6 +156,10 @@ def test_greedy_text_needs_no_seed_and_differs_from_drawn_text(generate: Generat
     greedy = generate(seed=1, temperature=0.0)
     assert greedy == generate(seed=2, temperature=0.0)
     assert greedy != drawn
+
+
+def test_a_text_that_is_read_again_for_every_token_is_the_same(generate: Generate, drawn: str) -> None:
+    assert generate(seed=1, temperature=1.0, remember=False) == drawn
 
 
 def test_the_report_is_drawn_again_from_the_records(whole: Whole) -> None:

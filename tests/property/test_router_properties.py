@@ -95,7 +95,7 @@ def test_group_limited_is_its_slow_definition(rule: str, scores: str, data: st.D
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 10**6))
 def test_expert_choice_is_exactly_balanced_for_every_length(batch: int, factor: int, seed: int) -> None:
     ffn, length = ffn_of("expert_choice", 6, 2, allow_future_leak=True), 3 * factor
-    chosen_TK = at_logits(ffn, random(batch * length, 6, seed=seed), context_of(batch, length)).chosen_TK
+    chosen_TK = at_logits(ffn, random(batch * length, 6, seed=seed), context_of(batch, length), training=True).chosen_TK
     assert (chosen_TK.view(batch, length, 6).sum(dim=1) == factor).all()
 
 

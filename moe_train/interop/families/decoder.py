@@ -205,6 +205,10 @@ def foreign_refusals(model: ModelConfig) -> Iterator[str]:
     """Yield what none of the public classes computes."""
     if model.ffn.graph is not None:
         yield "the experts are coupled by a graph"
+    if model.depth.kind != "full":
+        yield "some blocks take only some tokens of a sequence"
+    if model.ffn.num_experts and model.ffn.num_noop_experts:
+        yield f"ffn.num_noop_experts={model.ffn.num_noop_experts}: this class has no experts that do nothing"
     if model.norm != "rms":
         yield f"norm={model.norm}, not rms"
     if model.positions != "rotary":

@@ -42,7 +42,7 @@ class Router(Protocol):
     """What a layer asks of its router."""
 
     bias_E: Tensor | None
-    """[E] bias on the choice, moved by loss-free balancing; None without it."""
+    """[E] bias on the choice, moved by loss-free balancing; None without it. No-op experts have one, too."""
 
     def __call__(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route tokens [T, D] of any dtype."""
@@ -56,7 +56,7 @@ def build_router(ffn: FFNConfig, dim: int, init_std: float) -> Router:
         dim: width D of a token.
         init_std: standard deviation of initial weights, where the router has no rule of its own.
     """
-    config, num_experts, top_k = ffn.router, ffn.num_experts, ffn.top_k
+    config, num_experts, top_k = ffn.router, ffn.num_experts + ffn.num_noop_experts, ffn.top_k
     biased, role = ffn.balance.loss_free is not None, learned_role(init_std)
     score_router = partial(ScoreRouter, dim, num_experts, top_k)
     match config:

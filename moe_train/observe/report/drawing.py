@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe_train.observe.metrics import Ema
+from moe_train.observe.records import layer_title
 from moe_train.observe.report.record import RunRecord, Series
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def draw_per_layer(axes: Axes, lines: dict[str, Series], legend: bool = True) ->
         # The ends of the scale are left out: one is lost on white paper, the other on a dark page.
         colour = PALETTE[depth] if few else colormaps["viridis"](0.3 + 0.5 * depth / (len(lines) - 1))
         named = few or depth in (0, len(lines) - 1)
-        label = layer.replace("_", " ") if named else None
+        label = layer_title(layer) if named else None
         draw_line(axes, line, color=colour, label=label, linewidth=1.4 if few else 0.9)
     if legend:
         legend_above(axes)
@@ -113,9 +114,9 @@ def ends_and_middle(items: Sequence[Item], most: int) -> list[Item]:
     return list(items) if len(items) <= most else [items[0], items[len(items) // 2], items[-1]]
 
 
-def layer_series(run: RunRecord, name: str) -> dict[str, Series]:
-    """Return ``moe/<layer>/<name>`` of every layer with experts that has a finite value."""
-    found = {layer: run.train_series(f"moe/{layer}/{name}") for layer in run.layers}
+def layer_series(run: RunRecord, name: str, layers: Iterable[str] | None = None) -> dict[str, Series]:
+    """Return ``moe/<layer>/<name>`` of those ``layers`` (default: the feed-forward ones) that have a finite value."""
+    found = {layer: run.train_series(f"moe/{layer}/{name}") for layer in (run.layers if layers is None else layers)}
     return {layer: line for layer, line in found.items() if line}
 
 

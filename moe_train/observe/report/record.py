@@ -12,7 +12,17 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from moe_train.observe.records import COUPLED, ROUTED, Record, finite, moe_layers, parse_record
+from moe_train.observe.records import (
+    COUPLED,
+    DEEP,
+    ROUTED,
+    Record,
+    attending,
+    feed_forward,
+    finite,
+    moe_layers,
+    parse_record,
+)
 from moe_train.observe.sinks.jsonl import FILE_NAME
 
 
@@ -110,13 +120,23 @@ class RunRecord:
 
     @property
     def layers(self) -> list[str]:
-        """Names of the layers with experts that any train record speaks of: ``["layer_01", "layer_03"]``."""
+        """Names of the feed-forward layers with experts that a train record speaks of: ``["layer_01", "layer_03"]``."""
         return sorted({*self.routed_layers, *self.graph_layers})
 
     @property
     def routed_layers(self) -> list[str]:
         """Names of those with a router."""
-        return self._layers_with(ROUTED)
+        return feed_forward(self._layers_with(ROUTED))
+
+    @property
+    def attention_layers(self) -> list[str]:
+        """Names of the parts of attention with a router: ``["layer_01_outputs", "layer_01_values"]``."""
+        return attending(self._layers_with(ROUTED))
+
+    @property
+    def depth_layers(self) -> list[str]:
+        """Names of the records of blocks that only some tokens pass: ``["layer_01_depth"]``."""
+        return self._layers_with(DEEP)
 
     @property
     def graph_layers(self) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_train.observe.records import finite
+from moe_train.observe.records import Record, finite
 from moe_train.observe.report.record import RunRecord
 from moe_train.observe.sinks.lines import count, duration
 
@@ -38,8 +38,8 @@ def heldout_loss(run: RunRecord) -> Tile | None:
     if last is None:
         return None
     perplexity = finite(last.get("perplexity"))
-    note = f"nats per token at step {last['step']}"
-    return Tile("Held-out loss", f"{last['loss']:.3f}", note + (f"; perplexity {perplexity:.1f}" if perplexity else ""))
+    note = f"nats per token at step {last['step']}" + (f"; perplexity {perplexity:.1f}" if perplexity else "")
+    return Tile("Held-out loss", f"{last['loss']:.3f}", note + looking_ahead(last, "loss"))
 
 
 def bits_per_byte(run: RunRecord) -> Tile | None:
@@ -49,7 +49,13 @@ def bits_per_byte(run: RunRecord) -> Tile | None:
         return None
     unigram = finite(last.get("unigram_bits_per_byte"))
     note = f"a unigram model needs {unigram:.3f}" if unigram is not None else "held-out text"
-    return Tile("Bits per byte", f"{last['bits_per_byte']:.3f}", note)
+    return Tile("Bits per byte", f"{last['bits_per_byte']:.3f}", note + looking_ahead(last, "bits_per_byte"))
+
+
+def looking_ahead(record: Record, name: str) -> str:
+    """Return what a note adds where the evaluation also measured a figure with choices that know later tokens."""
+    value = finite(record.get(f"{name}_looking_ahead"))
+    return "" if value is None else f"; {value:.3f} if choices see later tokens"
 
 
 def progress(run: RunRecord) -> Tile | None:

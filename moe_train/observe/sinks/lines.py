@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from moe_train.config.schema import TrainConfig
-from moe_train.observe.records import ExpertHealth, GraphHealth, Record, expert_health, finite, graph_health
+from moe_train.observe.records import (
+    DepthHealth,
+    ExpertHealth,
+    GraphHealth,
+    Record,
+    attention_health,
+    depth_health,
+    expert_health,
+    finite,
+    graph_health,
+)
 
 NONE = "-"
 LEGEND = (
@@ -16,6 +27,11 @@ ROUTED_LEGEND = " | imb: worst layer's max/mean expert load | drop: assignments 
 GRAPH_LEGEND = (
     " | sim: worst layer's mean cosine between experts | rank: effective rank of the experts | msg: norm of the "
     "messages relative to what an expert sends"
+)
+ATTENTION_LEGEND = " | attn: load of the experts in attention, worst layer's max/mean"
+DEPTH_LEGEND = (
+    " | passed: tokens that took the blocks which only some take | causal: those that would have without later tokens "
+    "| agree: tokens for which both are the same, in the worst block"
 )
 
 
@@ -34,6 +50,17 @@ class Progress:
     remaining_s: float | None
 
 
+class ToldHealth(NamedTuple):
+    """The state of one kind of layers, in short."""
+
+    kind: str
+    """Of the layers: ``experts``, ``attention`` or ``depth``."""
+    text: str
+    """Its fields."""
+    worst_layer: str
+    """Name of the layer that a reader should look at."""
+
+
 def train_line(record: Record, progress: Progress) -> str:
     """Return the line of a train record."""
     step, total = record["step"], progress.total_steps
@@ -48,18 +75,19 @@ def train_line(record: Record, progress: Progress) -> str:
         f"mem {number(record.get('memory_gib'), '.1f')}G",
         f"data {percent(data_share(record))}",
     ]
-    health = expert_health(record) or graph_health(record)
-    if health is not None:
-        parts.append(health_text(health))
+    parts += [health.text for health in told_health(record)]
     parts.append(f"eta {duration(progress.remaining_s)}")
     return " | ".join(parts)
 
 
 def eval_line(record: Record) -> str:
     """Return the line of an eval record."""
+    loss = f"loss {number(record.get('loss'), '.3f')}"
+    if "loss_looking_ahead" in record:
+        loss += f" (looking ahead {number(record['loss_looking_ahead'], '.3f')})"
     parts = [
         f"eval step {record['step']}",
-        f"loss {number(record.get('loss'), '.3f')}",
+        loss,
         f"perplexity {number(record.get('perplexity'), '.2f')}",
     ]
     if "bits_per_byte" in record:
@@ -77,7 +105,22 @@ def event_line(record: Record) -> str:
 
 def legend(config: TrainConfig) -> str:
     """Return what the fields of the run's train lines mean."""
-    return LEGEND + (ROUTED_LEGEND if config.model.ffn.graph is None else GRAPH_LEGEND)
+    model = config.model
+    fields = ROUTED_LEGEND if model.ffn.graph is None else GRAPH_LEGEND
+    fields += ATTENTION_LEGEND if model.attention.kind == "switchhead" else ""
+    return LEGEND + fields + (DEPTH_LEGEND if model.depth.kind == "mixture_of_depths" else "")
+
+
+def told_health(record: Record) -> list[ToldHealth]:
+    """Return the state of each kind of layers that a train record speaks of."""
+    told = []
+    if (experts := expert_health(record) or graph_health(record)) is not None:
+        told.append(ToldHealth("experts", health_text(experts), experts.worst_layer))
+    if (attention := attention_health(record)) is not None:
+        told.append(ToldHealth("attention", attention_text(attention), attention.worst_layer))
+    if (depth := depth_health(record)) is not None:
+        told.append(ToldHealth("depth", depth_text(depth), depth.worst_layer))
+    return told
 
 
 def health_text(health: ExpertHealth | GraphHealth) -> str:
@@ -87,6 +130,18 @@ def health_text(health: ExpertHealth | GraphHealth) -> str:
         return f"sim {similarity} rank {rank} msg {number(health.message_norm, '.2f')}"
     dead = NONE if health.dead_experts is None else health.dead_experts
     return f"imb {number(health.imbalance, '.2f')} dead {dead} drop {percent(health.dropped_fraction, '.1%')}"
+
+
+def attention_text(health: ExpertHealth) -> str:
+    """Return the short fields of attention's experts, of which nothing is dropped."""
+    dead = NONE if health.dead_experts is None else health.dead_experts
+    return f"attn {number(health.imbalance, '.2f')} dead {dead}"
+
+
+def depth_text(health: DepthHealth) -> str:
+    """Return the short fields of the blocks that only some tokens pass."""
+    passed, causal = percent(health.chosen_share, ".1%"), percent(health.causal_share, ".1%")
+    return f"passed {passed} causal {causal} agree {percent(health.causal_accuracy)}"
 
 
 def data_share(record: Record) -> float | None:

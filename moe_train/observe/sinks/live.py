@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
-from moe_train.observe.records import Record, expert_health, graph_health
-from moe_train.observe.sinks.lines import Progress, count, data_share, duration, health_text, number, percent
+from moe_train.observe.records import Record, layer_title
+from moe_train.observe.sinks.lines import Progress, count, data_share, duration, number, percent, told_health
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -83,10 +83,8 @@ class LiveStatus:
             f"lr {number(record.get('lr'), '.1e')}   {count(record.get('tokens_per_s'))} tok/s   "
             f"mem {number(record.get('memory_gib'), '.1f')}G   data {percent(data_share(record))}"
         ]
-        health = expert_health(record) or graph_health(record)
-        if health is not None:
-            lines.append(f"experts: {health_text(health)}   worst {health.worst_layer}")
-        return lines
+        told = told_health(record)
+        return lines + [f"{kind}: {text}   worst {layer_title(layer)}" for kind, text, layer in told]
 
     def _remaining_s(self) -> float | None:
         """Return the time left, counted down since the last record, in seconds."""

@@ -9,18 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_train.observe.files import write_atomically
-from moe_train.observe.records import (
-    COUPLED,
-    ROUTED,
-    Record,
-    expert_health,
-    finite,
-    graph_health,
-    load_imbalance,
-    moe_layers,
-)
+from moe_train.observe.records import Record
 from moe_train.observe.redact import redact, redact_all
 from moe_train.observe.sinks.base import RunContext, Status
+from moe_train.observe.sinks.wandb_keys import wandb_values
 
 LOGGER = logging.getLogger(__name__)
 
@@ -28,21 +20,6 @@ INIT_TIMEOUT_S = 20
 FINISH_TIMEOUT_S = 25  # and a few seconds for its service to stop: the process ends within 30
 STEP = "train/step"
 
-TRAIN_KEYS = {
-    "loss": "train/loss",
-    "mtp_loss": "train/mtp_loss",
-    "aux_loss": "train/aux_loss",
-    "z_loss": "train/z_loss",
-    "grad_norm": "train/grad_norm",
-    "lr": "train/lr",
-    "tokens": "train/tokens",
-    "tokens_per_s": "perf/tok_s",
-    "step_ms": "perf/step_ms",
-    "data_wait_ms": "perf/data_ms",
-    "exchange_ms": "perf/a2a_ms",
-    "mfu": "perf/mfu",
-    "memory_gib": "mem/peak_gib",
-}
 SUMMARIES = {
     "train/loss": "min",
     "val/loss": "min",
@@ -141,59 +118,6 @@ def run_id(run_dir: Path, fresh: bool) -> str:
     new = secrets.token_hex(4)
     write_atomically(path, new + "\n")
     return new
-
-
-def wandb_values(record: Record) -> dict[str, float]:
-    """Return the finite numbers of ``record`` under their wandb keys; nothing for an event."""
-    if record["kind"] == "event":
-        return {}
-    if record["kind"] == "eval":
-        named = {f"val/{key}": value for key, value in record.items() if key not in ("kind", "step")}
-    else:
-        named = {TRAIN_KEYS.get(key, f"train/{key}"): value for key, value in record.items() if _is_own(key)}
-        named |= _routed_values(record) | _graph_values(record)
-    return {key: number for key, value in named.items() if (number := finite(value)) is not None}
-
-
-def _is_own(key: str) -> bool:
-    """Return whether a train record's ``key`` is logged as it stands; those of the MoE layers are summed up."""
-    return key not in ("kind", "step") and not key.startswith("moe/")
-
-
-def _routed_values(record: Record) -> dict[str, object]:
-    """Return the state of routed experts: four keys for the model and two per layer."""
-    health = expert_health(record)
-    if health is None:
-        return {}
-    values: dict[str, object] = {
-        "moe/imbalance": health.imbalance,
-        "moe/dead": health.dead_experts,
-        "moe/drop_frac": health.dropped_fraction,
-        "moe/entropy": health.entropy,
-    }
-    for layer in moe_layers(record, ROUTED):
-        short = layer.replace("layer_", "L")
-        values[f"moe/{short}/load_max"] = load_imbalance(record[f"moe/{layer}/{ROUTED}"])
-        values[f"moe/{short}/entropy"] = record.get(f"moe/{layer}/entropy")
-    return values
-
-
-def _graph_values(record: Record) -> dict[str, object]:
-    """Return the state of graph-coupled experts: four keys for the model and two per layer, and no matrix."""
-    health = graph_health(record)
-    if health is None:
-        return {}
-    values: dict[str, object] = {
-        "moe/similarity": health.similarity,
-        "moe/effective_rank": health.effective_rank,
-        "moe/message_norm": health.message_norm,
-        "moe/adjacency_entropy": health.adjacency_entropy,
-    }
-    for layer in moe_layers(record, COUPLED):
-        short = layer.replace("layer_", "L")
-        values[f"moe/{short}/similarity"] = record[f"moe/{layer}/{COUPLED}"]
-        values[f"moe/{short}/effective_rank"] = record.get(f"moe/{layer}/effective_rank")
-    return values
 
 
 def _init_options(context: RunContext, wandb: Any) -> dict[str, Any]:

@@ -141,8 +141,17 @@ def read_outcome(run_dir: Path) -> Outcome | None:
         tokens=finished.tokens,
         parameters=finished.told("parameters"),
         active_parameters=finished.told("active_parameters"),
-        sees_future=finished.run.setting("model.ffn.router.kind") == "expert_choice",
+        sees_future=saw_later_tokens(finished.run),
     )
+
+
+def saw_later_tokens(run: RunRecord) -> bool:
+    """Whether experts took tokens with knowledge of later ones where the loss was measured.
+
+    So it was in runs before thresholds were learnt; since then the loss is causal, and the other one stands beside it.
+    """
+    takes = run.setting("model.ffn.router.kind") == "expert_choice"
+    return takes and "loss_looking_ahead" not in run.evals[-1]
 
 
 def late_mean(run: RunRecord, name: str) -> float | None:

@@ -176,4 +176,5 @@ def part_of_run(run: Tensor, held: Held, role: Role, num_experts: int) -> Part:
     boxes = boxes_of_run(run[held.place : held.place + held.length], held.start, held.shape) if held.length else ()
     if role.kind is not Kind.EXPERT:
         return Part(held.shape, tuple(boxes))
+    num_experts = role.num_experts or num_experts
     return Part((num_experts, *held.shape[1:]), tuple(moved for box in boxes for moved in by_expert(box, role.experts)))

@@ -2,8 +2,9 @@
 
 import pytest
 
-from moe_train.config.attention import GroupedQueryConfig, LatentConfig, Llama3Config, YarnConfig
+from moe_train.config.attention import GroupedQueryConfig, LatentConfig, Llama3Config, SwitchHeadConfig, YarnConfig
 from moe_train.config.compose import compose_config
+from moe_train.config.graph import GraphConfig
 from moe_train.config.model import FFNConfig, ModelConfig, MTPConfig
 from moe_train.config.rules import embedding_rows, model_problems, schedule_problems, train_problems
 from moe_train.config.schema import DataConfig, TrainConfig
@@ -37,6 +38,13 @@ POSSIBLE: dict[str, dict[str, object]] = {
     "YaRN": grouped(yarn=YarnConfig()),
     "YaRN with another magnitude": grouped(yarn=YarnConfig(mscale=0.7)),
     "latent attention of any width": {"dim": 25, "heads": 3, "attention": LatentConfig(nope_dim=5, v_dim=7)},
+    "experts in attention": {"attention": SwitchHeadConfig(experts=3, top_k=3)},
+    "experts in attention, of any width, with learned positions": {
+        "dim": 25,
+        "attention": SwitchHeadConfig(head_dim=4),
+        "positions": "learned",
+        "max_positions": 2048,
+    },
     "scaled scores of latent attention": {"attention": LatentConfig(yarn=YarnConfig(mscale_all_dim=1.0))},
     "all but the last layer dense": {"layers": 4, **with_ffn(first_dense=3)},
     "dense layers first, then every other": {"layers": 4, **with_ffn(first_dense=3, every=2)},
@@ -48,6 +56,21 @@ REFUSALS: dict[str, tuple[dict[str, object], str, str, str]] = {
     "heads do not divide": ({"heads": 5}, "model.heads=5", "must divide model.dim=24", "set model.attention.head_dim"),
     "odd width of a head": ({"heads": 8}, "model.heads=8", "an even head width, not 3", "change model.dim"),
     "odd stated width": (grouped(head_dim=5), "attention.head_dim=5", "an even head width, not 5", "head_dim"),
+    "odd width of a head with experts": (
+        {"heads": 8, "attention": SwitchHeadConfig()}, "model.heads=8", "an even head width, not 3", "change model.dim"
+    ),
+    "more choices than a head has experts": (
+        {"attention": SwitchHeadConfig(experts=3, top_k=4)}, "model.attention.top_k=4",
+        "must not exceed model.attention.experts=3", "raise model.attention.experts",
+    ),
+    "scores of other attention than that with experts": (
+        {"attention": SwitchHeadConfig(yarn=YarnConfig(mscale_all_dim=0.5))}, "attention.yarn.mscale_all_dim=0.5",
+        "latent attention only", "model/attention=mla",
+    ),
+    "experts in the attention of coupled blocks": (
+        {"attention": SwitchHeadConfig(), **with_ffn(graph=GraphConfig(expert="block"))},
+        "model.attention.kind=switchhead", "model.ffn.graph.expert=block", "model/attention=gqa",
+    ),
     "key heads do not divide": (grouped(kv_heads=3), "attention.kv_heads=3", "must divide model.heads=4", "change one"),
     "exceptions from no window": (
         grouped(full_every=2), "attention.full_every=2", "no window, and there is none", "set model.attention.window"

@@ -11,7 +11,7 @@ from moe_train.config.compose import compose_config
 from moe_train.config.groups import options_of
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import TrainConfig
-from moe_train.models import attention
+from moe_train.models import attention, switchhead
 from moe_train.models.build import is_moe_layer
 from moe_train.models.counts import count
 from moe_train.models.sizes import seen_positions
@@ -38,10 +38,12 @@ def assert_counted(config: ModelConfig) -> None:
     unused_share = 1 - config.ffn.top_k / config.ffn.num_experts if routed else 0
     main = {name: p.numel() for name, p in parameters.items() if not name.startswith("mtp.")}
     experts = sum(numel for name, numel in main.items() if any(part in name for part in EXPERTS))
+    heads = sum(numel for name, numel in main.items() if name.endswith(".experts.weight_LNM"))
+    idle_heads = 1 - config.attention.top_k / config.attention.experts if heads else 0
     assert size.total == sum(p.numel() for p in parameters.values())
     assert size.mtp == size.total - sum(main.values())
     assert size.main == sum(main.values())
-    assert size.active == sum(main.values()) - round(experts * unused_share)
+    assert size.active == sum(main.values()) - round(experts * unused_share) - round(heads * idle_heads)
     embedding = 0 if config.tie_embeddings else main["embedding_VD"]
     assert size.active_without_embedding == size.active - embedding - main.get("positions_SD", 0)
 
@@ -74,6 +76,14 @@ LATENT = st.fixed_dictionaries(
         "nope_dim": WIDTHS,
         "rope_dim": st.sampled_from([2, 4]),
         "v_dim": WIDTHS,
+    }
+)
+WITH_EXPERTS = st.fixed_dictionaries(
+    {
+        "kind": st.just("switchhead"),
+        "head_dim": st.sampled_from([None, 2, 6]),
+        "experts": st.integers(2, 5),
+        "top_k": st.integers(1, 2),
     }
 )
 ROUTERS = st.one_of(
@@ -119,7 +129,7 @@ MODELS_WITHOUT_HEAD = st.fixed_dictionaries(
         "vocab_size": st.sampled_from([None, 40]),
         "norm": st.sampled_from(["rms", "layer"]),
         "max_positions": st.sampled_from([None, 9]),
-        "attention": GROUPED | LATENT,
+        "attention": GROUPED | LATENT | WITH_EXPERTS,
         "ffn": FFNS,
         "mtp": st.fixed_dictionaries({"depth": FEW}),
     }
@@ -127,11 +137,19 @@ MODELS_WITHOUT_HEAD = st.fixed_dictionaries(
 HEADS = st.sampled_from(
     [{"tie_embeddings": True}, {"tie_embeddings": False}, {"tie_embeddings": False, "head_bias": True}]
 )
+
+
+def is_possible(config: ModelConfig) -> bool:
+    """Blocks that a graph couples have no experts in their attention."""
+    graph = config.ffn.graph
+    return config.attention.kind != "switchhead" or graph is None or graph.expert == "ffn"
+
+
 MODELS = st.builds(lambda model, head: ModelConfig.model_validate(model | head), MODELS_WITHOUT_HEAD, HEADS)
 
 
 @settings(max_examples=200, deadline=None)
-@given(MODELS)
+@given(MODELS.filter(is_possible))
 def test_any_model(config: ModelConfig) -> None:
     assert_counted(config)
 
@@ -170,6 +188,10 @@ MECHANISMS = {
     "experts without gate": changed(ffn={"activation": "geglu", "expert_activation": "gelu", "first_dense": 1}),
     "a gate of shared experts": changed(ffn={"num_shared_experts": 1, "shared_dim": 7, "shared_gate": True}),
     "latent": changed(attention=LATENT_SMALL | {"q_rank": 9}),
+    "experts in attention": changed(attention={"kind": "switchhead", "head_dim": 6, "experts": 5, "top_k": 3}),
+    "experts in attention alone": changed(
+        attention={"kind": "switchhead", "experts": 3}, ffn={"num_experts": 0}, tie_embeddings=False
+    ),
     "latent, queries not compressed, two modules": changed(
         attention=LATENT_SMALL, mtp={"depth": 2}, ffn={"every": 2}, tie_embeddings=False
     ),
@@ -188,7 +210,8 @@ def test_flops_of_the_forward_pass(variant: str, training: bool, monkeypatch: py
     """
     config = CONFIGS[variant]
     model, tokens_BS = build(config).train(training), random_tokens()
-    monkeypatch.setattr(attention, "causal_attention", causal_attention_reference)
+    for module in (attention, switchhead):
+        monkeypatch.setattr(module, "causal_attention", causal_attention_reference)
     with FlopCounterMode(display=False) as counter:
         model(tokens_BS)
     size = count(config, VOCAB, tokens_BS.shape[1])

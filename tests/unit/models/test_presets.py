@@ -16,6 +16,7 @@ from moe_train.config.model import ModelConfig
 from moe_train.config.rules import train_problems
 from moe_train.config.schema import TrainConfig
 from moe_train.config.validate import key_paths
+from moe_train.models.depth import DepthRecord
 from moe_train.models.initialise import initialise
 from moe_train.models.transformer import build_model
 from moe_train.moe.exchange import LocalExchange
@@ -63,7 +64,13 @@ def test_runs(preset: str) -> None:
         cross_entropy_sum(logits_BSV.flatten(0, 1), labels_BS.flatten()) / labels_BS.numel()
         for logits_BSV in (output.logits_BSV, *output.mtp_logits)
     ]
-    sum(losses).backward()
+    # What only a loss of its own layer reaches: the predictors of which tokens pass a block.
+    own = [
+        layer.balance.share(record, record.statistics)
+        for layer, record in zip(model.expert_layers.values(), output.records, strict=True)
+        if isinstance(record, DepthRecord)
+    ]
+    sum([*losses, *own]).backward()
     for loss in losses:
         assert 0.5 < loss.item() / torch.tensor(float(VOCAB)).log().item() < 1.5, "near the uniform guess"
     for name, parameter in model.named_parameters():

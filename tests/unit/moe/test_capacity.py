@@ -14,7 +14,8 @@ from torch import Tensor
 from waiting import NoWaiting
 
 from moe_train.config.routing import CapacityConfig, DeviceCapacityConfig, DroplessConfig, FactorCapacityConfig
-from moe_train.moe.capacity import Capacity, Limit, Plan, is_padded
+from moe_train.moe.capacity import Capacity, Plan, is_padded
+from moe_train.moe.limit import Limit
 from moe_train.moe.routing import Routing
 
 EXPERTS, LENGTH = 4, 6

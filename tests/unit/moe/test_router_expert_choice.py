@@ -18,7 +18,7 @@ def test_every_expert_takes_equally_many_tokens_of_every_sequence() -> None:
 
 def test_an_expert_takes_the_tokens_that_score_it_highest() -> None:
     z_TE = random(TOKENS, EXPERTS)
-    routing = at_logits(CHOICE, z_TE, context_of(BATCH, LENGTH))
+    routing = at_logits(CHOICE, z_TE, context_of(BATCH, LENGTH), training=True)
     scores_BSE = z_TE.softmax(dim=1).view(BATCH, LENGTH, EXPERTS)
     for b in range(BATCH):
         for e in range(EXPERTS):
@@ -30,13 +30,13 @@ def test_an_expert_takes_the_tokens_that_score_it_highest() -> None:
 
 def test_weights_are_the_softmax_over_experts_not_over_the_chosen_tokens() -> None:
     z_TE = random(TOKENS, EXPERTS)
-    routing = at_logits(CHOICE, z_TE, context_of(BATCH, LENGTH))
+    routing = at_logits(CHOICE, z_TE, context_of(BATCH, LENGTH), training=True)
     assert torch.equal(routing.experts_TK, torch.arange(EXPERTS).expand(TOKENS, -1))
     assert torch.equal(routing.weights_TK, z_TE.softmax(dim=1)), "not renormalised per token"
 
 
 def test_among_equals_the_earliest_tokens_are_taken() -> None:
-    routing = at_logits(CHOICE, torch.zeros(TOKENS, EXPERTS), context_of(BATCH, LENGTH))
+    routing = at_logits(CHOICE, torch.zeros(TOKENS, EXPERTS), context_of(BATCH, LENGTH), training=True)
     first = [True] * (LENGTH * 2 // EXPERTS) + [False] * (LENGTH - LENGTH * 2 // EXPERTS)
     assert routing.chosen_TK.view(BATCH, LENGTH, EXPERTS)[0, :, 5].tolist() == first
 
@@ -44,17 +44,17 @@ def test_among_equals_the_earliest_tokens_are_taken() -> None:
 @pytest.mark.parametrize(("num_valid", "taken"), [(12, 3), (8, 2), (7, 1), (1, 1), (0, 0)])
 def test_padding_is_never_taken_and_shortens_the_sequence(num_valid: int, taken: int) -> None:
     z_TE, valid_BS = random(LENGTH, EXPERTS), torch.arange(LENGTH).unsqueeze(0) < num_valid
-    routing = at_logits(CHOICE, z_TE, context_of(1, LENGTH, valid_BS=valid_BS))
+    routing = at_logits(CHOICE, z_TE, context_of(1, LENGTH, valid_BS=valid_BS), training=True)
     assert not routing.chosen_TK[num_valid:].any()
     assert (routing.chosen_TK.sum(dim=0) == taken).all()
     if num_valid:
-        alone = at_logits(CHOICE, z_TE[:num_valid], context_of(1, num_valid))
+        alone = at_logits(CHOICE, z_TE[:num_valid], context_of(1, num_valid), training=True)
         assert torch.equal(routing.chosen_TK[:num_valid], alone.chosen_TK)
 
 
 def test_no_more_is_taken_than_there_is() -> None:
     ffn = ffn_of("expert_choice", EXPERTS, EXPERTS, allow_future_leak=True)
-    assert at_logits(ffn, random(TOKENS, EXPERTS), context_of(BATCH, LENGTH)).chosen_TK.all()
+    assert at_logits(ffn, random(TOKENS, EXPERTS), context_of(BATCH, LENGTH), training=True).chosen_TK.all()
 
 
 def test_a_sequence_does_not_see_another() -> None:

@@ -40,6 +40,33 @@ def step_record(step: int, random: np.random.Generator) -> dict[str, Any]:
     }
 
 
+def attention_figures(step: int, layers: int, experts: int = 6) -> dict[str, Any]:
+    """What records tell of the experts in attention: outputs evener than values, deeper layers evener than others."""
+    found: dict[str, Any] = {}
+    for layer in range(layers):
+        for side, most in (("values", 0.4), ("outputs", 0.3)):
+            prefix = f"moe/layer_{layer:02d}_{side}"
+            rest = (1 - most / (layer + 1)) / (experts - 1)
+            found[f"{prefix}/load"] = [most / (layer + 1), *[rest] * (experts - 1)]
+            found |= {
+                f"{prefix}/dropped_fraction": 0.0,
+                f"{prefix}/dead_experts": 0,
+                f"{prefix}/entropy": most + step / 1000,
+            }
+    return found
+
+
+def depth_figures(step: int, layers: int) -> dict[str, Any]:
+    """What records tell of every other block that an eighth of the tokens pass: the causal choice gets better."""
+    found: dict[str, Any] = {"depth_loss": 0.3}
+    for layer in range(1, layers, 2):
+        prefix = f"moe/layer_{layer:02d}_depth"
+        wrong = 0.4 * math.exp(-step / 100) + 0.01 * layer
+        found[f"{prefix}/chosen_share"] = 0.125
+        found |= {f"{prefix}/causal_share": 0.125 + wrong / 2, f"{prefix}/causal_accuracy": 1 - wrong}
+    return found
+
+
 def train_record(
     step: int,
     layers: int = 4,
@@ -47,14 +74,20 @@ def train_record(
     drop: float = 0.0,
     bias: bool = False,
     ahead: bool = False,
+    attention: bool = False,
+    deep: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """A train record of a routed model; the experts of deeper layers start out more uneven and even out."""
+    """A train record of a routed model; the experts of deeper layers start out more uneven and even out.
+
+    With ``experts=0`` its feed-forward layers are dense; its attention may have experts, and tokens may pass blocks by.
+    """
     random = np.random.default_rng([seed, step])
     record = step_record(step, random)
+    record |= (attention_figures(step, layers) if attention else {}) | (depth_figures(step, layers) if deep else {})
     if ahead:
         record["mtp_loss"] = record["loss"] + 0.4
-    for layer in range(layers):
+    for layer in range(layers if experts else 0):
         skew = np.random.default_rng([seed, layer]).normal(0, 0.4 + layer / layers, experts)
         weights = np.exp(skew * math.exp(-step / 120) + random.normal(0, 0.08, experts))
         load = weights / weights.sum()
@@ -110,6 +143,8 @@ def write_run(run_dir: Path, steps: int = 400, every: int = 10, coupled: bool = 
         if step % (10 * every) == 0:
             loss = 3.1 + 5.2 * math.exp(-step / 80)
             heldout = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / 1.6}
+            if shape.get("deep"):
+                heldout |= {"loss_looking_ahead": loss - 0.5, "bits_per_byte_looking_ahead": (loss - 0.5) / 1.6}
             records.append({"kind": "eval", "step": step, **heldout, "unigram_bits_per_byte": 4.1})
             records.append({"kind": "event", "step": step, "event": "saved", "message": f"step_{step:08d}"})
     environment = {
@@ -142,6 +177,41 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole_graph_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of a run with graph-coupled experts."""
     return write_run(tmp_path_factory.mktemp("whole_graph") / "run", coupled=True)
+
+
+@pytest.fixture(scope="session")
+def whole_parts_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a run with experts in attention and feed-forward layers, and blocks that some tokens pass."""
+    return write_run(tmp_path_factory.mktemp("whole_parts") / "run", drop=0.05, bias=True, attention=True, deep=True)
+
+
+@pytest.fixture
+def parts_record() -> dict[str, Any]:
+    """A train record of one routed layer, of attention with experts around it, and of two choices of tokens."""
+    return {
+        "kind": "train",
+        "step": 120,
+        "loss": 3.0,
+        "depth_loss": 0.25,
+        "moe/layer_03/load": [0.5, 0.5],
+        "moe/layer_03/dead_experts": 0,
+        "moe/layer_03/dropped_fraction": 0.5,
+        "moe/layer_03/entropy": 0.5,
+        "moe/layer_03_values/load": [1.0, 0.0, 0.0, 0.0],
+        "moe/layer_03_values/dead_experts": 3,
+        "moe/layer_03_values/dropped_fraction": 0.0,
+        "moe/layer_03_values/entropy": 1.0,
+        "moe/layer_03_outputs/load": [0.5, 0.5, 0.0, 0.0],
+        "moe/layer_03_outputs/dead_experts": 2,
+        "moe/layer_03_outputs/dropped_fraction": 0.0,
+        "moe/layer_03_outputs/entropy": 0.5,
+        "moe/layer_01_depth/chosen_share": 0.125,
+        "moe/layer_01_depth/causal_share": 0.25,
+        "moe/layer_01_depth/causal_accuracy": 0.75,
+        "moe/layer_03_depth/chosen_share": 0.125,
+        "moe/layer_03_depth/causal_share": 0.0,
+        "moe/layer_03_depth/causal_accuracy": 0.875,
+    }
 
 
 @pytest.fixture

@@ -7,10 +7,14 @@ from hypothesis import strategies as st
 
 from moe_train.observe.records import (
     COUPLED,
+    DEEP,
     ROUTED,
+    attention_health,
+    depth_health,
     expert_health,
     finite,
     graph_health,
+    layer_title,
     load_imbalance,
     moe_layers,
     parse_record,
@@ -144,3 +148,42 @@ def test_health_of_coupled_experts_without_numbers_is_unknown_not_zero(norm):
 
 def test_routed_experts_have_no_health_of_a_graph():
     assert graph_health({"kind": "train", "step": 1, "moe/layer_01/load": [0.5, 0.5]}) is None
+
+
+def test_parts_of_a_block_are_told_apart(parts_record):
+    experts, attention, depth = expert_health(parts_record), attention_health(parts_record), depth_health(parts_record)
+    assert experts is not None and attention is not None and depth is not None
+    assert (experts.worst_layer, experts.imbalance, experts.dead_experts) == ("layer_03", 1.0, 0)
+    assert (experts.dropped_fraction, experts.entropy) == (0.5, 0.5), "attention, which drops nothing, is left out"
+    assert (attention.worst_layer, attention.imbalance, attention.dead_experts) == ("layer_03_values", 4.0, 5)
+    assert (attention.dropped_fraction, attention.entropy) == (0.0, 0.75)
+    assert (depth.chosen_share, depth.causal_share) == (0.125, 0.125)
+    assert (depth.causal_accuracy, depth.worst_layer) == (0.75, "layer_01_depth")
+    assert graph_health(parts_record) is None
+    assert moe_layers(parts_record, DEEP) == ["layer_01_depth", "layer_03_depth"]
+
+
+def test_experts_in_attention_alone_are_no_health_of_feed_forward_layers(parts_record):
+    record = {key: value for key, value in parts_record.items() if "layer_03/" not in key}
+    assert expert_health(record) is None and attention_health(record) is not None
+    assert attention_health({"moe/layer_03/load": [1.0]}) is None and depth_health({"moe/layer_03/load": [1.0]}) is None
+
+
+def test_depth_without_numbers_is_unknown_not_zero():
+    health = depth_health({"moe/layer_01_depth/chosen_share": None, "moe/layer_03_depth/causal_accuracy": math.nan})
+    assert health is not None and health.worst_layer == "layer_01_depth"
+    assert (health.chosen_share, health.causal_share, health.causal_accuracy) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("layer_00", "layer 0"),
+        ("layer_03_values", "layer 3, values"),
+        ("layer_120_depth", "layer 120, depth"),
+        ("layer_12_two_words", "layer 12, two words"),
+        ("layer_x", "layer x"),
+    ],
+)
+def test_titles_of_layers(name, title):
+    assert layer_title(name) == title

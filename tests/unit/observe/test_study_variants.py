@@ -12,8 +12,8 @@ from moe_train.config.schema import TrainConfig
 from moe_train.models.counts import count
 
 EXPERIMENTS = ("routing_study", "routing_study_more")
-OF_OTHERS = ("graph_", "silent_", "dense_", "sparse_")
-"""Beginnings of the graph study's variants."""
+OF_OTHERS = ("graph_", "silent_", "dense_", "sparse_", "heads_", "depth_")
+"""Beginnings of the variants of other studies."""
 VARIANTS = [name for name in options_of("study") if not name.startswith(OF_OTHERS)]
 VOCABULARY, LENGTH = 4096, 256
 

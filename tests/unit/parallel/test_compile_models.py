@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from layout_cases import ARCHITECTURES, GRAPH, PLAIN
+from layout_cases import ARCHITECTURES, GRAPH, HEADS, PLAIN
 from layouts import VOCAB, Case
 from remat_runs import model_of
 from torch import Tensor
@@ -125,6 +125,10 @@ def test_the_same_values_computed_again(mode: Remat, mesh: Mesh) -> None:
     check_values(CASE, mesh, mode, QUICK)
 
 
+def test_attention_with_experts_has_the_same_values_computed_again(mesh: Mesh) -> None:
+    check_values(HEADS[2], mesh, "selective", QUICK)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_generated_code_gives_the_same_values_and_grows_no_graph(mesh: Mesh) -> None:
@@ -154,4 +158,5 @@ def test_only_what_no_routing_shapes_is_compiled(mesh: Mesh) -> None:
     assert found(CASE) == ["blocks.0.attend", "blocks.0.feed", "blocks.1.attend", "blocks.1.ffn.shared.forward"]
     assert found(PLAIN[0]) == ["blocks.0.attend", "blocks.1.attend"]
     assert found(GRAPH[0]) == ["blocks.0.attend"]
+    assert found(HEADS[0]) == ["blocks.0.attention.look", "blocks.1.attention.look"]
     assert found(GRAPH[1]) == []

@@ -26,6 +26,9 @@ CASES = [
     Case("routed, shared expert, first dense, a module ahead",
          (*SIZES, "model.layers=3", "model.ffn.first_dense=1", "model.ffn.num_shared_experts=1",
           "model.ffn.num_experts=8", "model.mtp.depth=1", "model.vocab_size=32")),
+    Case("experts in attention, too",
+         (*SIZES, "model.attention.kind=switchhead", "model.attention.experts=6", "model.ffn.num_experts=8",
+          "model.layers=2", "model.vocab_size=32")),
     Case("graph of networks", ("model=graph_tiny", *SIZES, "model.layers=1", "model.tie_embeddings=false")),
     Case("graph of blocks", ("model=graph_block_tiny", *SIZES, "model.layers=1")),
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from layout_cases import ARCHITECTURES, GRAPH, MIXED, NO_LOSS, PLAIN
+from layout_cases import ARCHITECTURES, GRAPH, HEADS, MIXED, NO_LOSS, PLAIN
 from layouts import Case
 from remat_runs import MODES, differences, model_of, remat, run
 
@@ -17,7 +17,7 @@ from moe_train.dist.world import World, joined
 from moe_train.parallel.remat import Remat, apply_remat
 
 EACH_MODE = pytest.mark.parametrize("mode", MODES)
-CASES = [PLAIN[0], PLAIN[5], *NO_LOSS, *MIXED, *ARCHITECTURES, *GRAPH]
+CASES = [PLAIN[0], PLAIN[5], *NO_LOSS, *MIXED, *ARCHITECTURES, *GRAPH, *HEADS]
 """Every router, capacity rule, balance loss, kind of attention and of network; modules of prediction ahead; graphs."""
 
 

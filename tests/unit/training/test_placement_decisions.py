@@ -15,6 +15,7 @@ from moe_train.config.model import FFNConfig
 from moe_train.dist.mesh import Mesh
 from moe_train.dist.parts import Part
 from moe_train.moe.balance import RoutingRecord
+from moe_train.moe.record import LayerKey
 from moe_train.training.placement import Decision, Places, Rebalancer, blocks_of, restricted
 from moe_train.training.tally import Tally
 
@@ -27,7 +28,7 @@ def counted(*counts: tuple[int, ...]) -> Tally:
     """A step in which these were the assignments of each layer's experts."""
     none = torch.zeros((), dtype=torch.int64)
     records = [RoutingRecord(none, torch.tensor(own), *[none] * 4, none.double(), statistics=()) for own in counts]
-    return Tally({}, none.double(), list(records))
+    return Tally({LayerKey(depth): None for depth in range(len(records))}, none.double(), list(records))
 
 
 def test_a_decision_is_written_down_for_the_checkpoint_and_for_the_record() -> None:

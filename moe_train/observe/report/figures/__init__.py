@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from moe_train.observe.report.figures import (
     adjacency_entropy,
+    attention_balance,
+    attention_load,
     balance,
     bias_range,
+    depth,
     dropped,
     entropy,
     expert_load,
@@ -53,10 +56,20 @@ OF_COUPLED: tuple[FigureModule, ...] = (expert_similarity, graph_weights, messag
 """Figures of runs whose experts are coupled by a graph."""
 
 
+OF_ATTENTION: tuple[FigureModule, ...] = (attention_load, attention_balance)
+"""Figures of runs whose attention has experts."""
+OF_DEPTH: tuple[FigureModule, ...] = (depth,)
+"""Figures of runs with blocks that only some tokens pass."""
+
+
 def figures_of(run: RunRecord) -> tuple[FigureModule, ...]:
-    """Return the figures that speak of this run's kind of layers; one whose kind is not known counts as routed."""
+    """Return the figures that speak of this run's kinds of layers; one of which none is known counts as routed."""
     # Before its first record a run is known by its configuration alone.
     coupled = bool(run.graph_layers) or run.setting("model.ffn.graph") is not None
-    routed = bool(run.routed_layers) or not coupled
-    spread = routed and rank_load.is_spread(run)
-    return OF_ALL + OF_ROUTED * routed + OF_SPREAD * spread + OF_COUPLED * coupled
+    attention = bool(run.attention_layers) or run.setting("model.attention.kind") == "switchhead"
+    deep = bool(run.depth_layers) or run.setting("model.depth.kind") == "mixture_of_depths"
+    dense = (attention or deep) and run.setting("model.ffn.num_experts") == 0
+    routed = bool(run.routed_layers) or not (coupled or dense)
+    spread = (routed or attention) and rank_load.is_spread(run)
+    of_routers = OF_ROUTED * routed + OF_ATTENTION * attention + OF_SPREAD * spread
+    return OF_ALL + of_routers + OF_COUPLED * coupled + OF_DEPTH * deep

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_train.observe.records import layer_title
 from moe_train.observe.report.drawing import new_figure
 from moe_train.observe.report.record import RunRecord
 
@@ -30,7 +32,12 @@ SHADES = 17  # as many as the eye tells apart; an image of few colours is small
 
 def draw(run: RunRecord) -> Figure | None:
     """Return one panel per MoE layer, experts over steps, coloured by log2 of load times E."""
-    loads = {layer: run.loads(layer) for layer in run.layers}
+    return draw_layers(run, run.layers)
+
+
+def draw_layers(run: RunRecord, layers: Iterable[str]) -> Figure | None:
+    """Return the panels of ``layers``, which have equally many experts, or None when no record has their load."""
+    loads = {layer: run.loads(layer) for layer in layers}
     loads = {layer: found for layer, found in loads.items() if len(found[0])}
     if not loads:
         return None
@@ -40,7 +47,7 @@ def draw(run: RunRecord) -> Figure | None:
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
     for axes, (layer, (steps, load)) in zip(panels, loads.items(), strict=False):
         image = draw_panel(axes, steps, binned(load, min(MOST_BINS, MOST_CELLS // (len(loads) * load.shape[1]))))
-        axes.set_title(layer.replace("_", " "))
+        axes.set_title(layer_title(layer))
     for axes in list(panels)[len(loads) :]:
         axes.set_axis_off()
     figure.supxlabel("optimizer step", fontsize="medium")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_train.observe.records import layer_title
 from moe_train.observe.report.drawing import WIDTH_INCHES, ends_and_middle, new_figure
 from moe_train.observe.report.record import Matrices, RunRecord
 
@@ -185,7 +186,7 @@ def graph_at(layer: str, at: int, edges: tuple[Matrices, Matrices], sent: Matric
         # A weight of exactly zero is none: no sigmoid, and no share of a softmax, gets there.
         return Panel(title, np.where(weights.values[at] == 0, np.nan, matrices.values[at]))
 
-    title = layer.replace("_", " ")
+    title = layer_title(layer)
     return Graph(
         title=title if depth == 1 else f"{title}, graph layer {at + 1} of {depth}",
         edges=(panel(f"step {first.step}", first, first), panel(f"step {last.step}", last, last)),

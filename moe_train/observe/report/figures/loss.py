@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 TITLE = "Loss"
 CAPTION = (
     "Mean cross-entropy per token without auxiliary losses; the thin line is as measured, the thick one smoothed. "
-    "Further ahead: that of multi-token prediction, of the tokens after the next."
+    "Further ahead: that of multi-token prediction, of the tokens after the next. Looking ahead: held-out with the "
+    "choices of training, which later tokens take part in: a model that writes has only the other one."
 )
 ABSENT = "No train or eval record holds a finite loss yet."
 
@@ -36,6 +37,10 @@ def draw(run: RunRecord) -> Figure | None:
         draw_line(axes, smoothed(ahead), color=GREEN, label="further ahead")
     if heldout:
         draw_line(axes, heldout, color=VERMILLION, label="held-out", marker="o", markersize=4)
+    leaking = run.eval_series("loss_looking_ahead")
+    if leaking:
+        style = {"linestyle": ":", "marker": "o", "markersize": 3}
+        draw_line(axes, leaking, color=VERMILLION, label="held-out, looking ahead", **style)
     baseline = series(run.evals, unigram_loss)
     if baseline:
         level = float(baseline.values[np.isfinite(baseline.values)][-1])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_train.observe.records import layer_title
 from moe_train.observe.report.drawing import INK, draw_per_layer, ends_and_middle, new_figure
 from moe_train.observe.report.figures.expert_load import MOST_BINS, binned, draw_panel
 from moe_train.observe.report.record import RunRecord, Series
@@ -51,7 +52,7 @@ class Since:
 def draw(run: RunRecord) -> Figure | None:
     """Return lines of the fullest rank, and heat maps of the first, the middle and the last layer."""
     history = places_over_time(run)
-    loads = {layer: run.loads(layer) for layer in run.layers}
+    loads = {layer: run.loads(layer) for layer in (*run.layers, *run.attention_layers)}
     loads = {layer: found for layer, found in loads.items() if len(found[0])}
     placed = {layer: rank_shares(layer, *found, history) for layer, found in loads.items()}
     fixed = {layer: rank_shares(layer, *found, unmoved(history)) for layer, found in loads.items()}
@@ -70,7 +71,7 @@ def draw(run: RunRecord) -> Figure | None:
             left.axvline(since.step, color=INK, linewidth=0.8, linestyle=":")
     for axes, layer in zip(below.subplots(1, len(shown), squeeze=False).flat, shown, strict=True):
         draw_panel(axes, loads[layer][0], binned(placed[layer], MOST_BINS))
-        axes.set(title=layer.replace("_", " "), xlabel="optimizer step", ylabel="rank")
+        axes.set(title=layer_title(layer), xlabel="optimizer step", ylabel="rank")
     return figure
 
 

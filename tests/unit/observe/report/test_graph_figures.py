@@ -110,13 +110,13 @@ def test_unknown_and_infinite_weights_do_not_stretch_the_scale(tmp_path):
 @pytest.mark.parametrize(
     ("shape", "shown", "note"),
     [
-        ({"layers": 1, "depth": 1}, ["layer 00"], []),
-        ({"layers": 2, "depth": 2}, [f"layer 0{n}, graph layer {m} of 2" for n in range(2) for m in (1, 2)], []),
-        ({"layers": 12, "depth": 1}, [f"layer {n:02d}" for n in range(12)], []),
-        ({"layers": 24, "depth": 1}, ["layer 00", "layer 12", "layer 23"], ["first, middle and last of 24 layers"]),
+        ({"layers": 1, "depth": 1}, ["layer 0"], []),
+        ({"layers": 2, "depth": 2}, [f"layer {n}, graph layer {m} of 2" for n in range(2) for m in (1, 2)], []),
+        ({"layers": 12, "depth": 1}, [f"layer {n}" for n in range(12)], []),
+        ({"layers": 24, "depth": 1}, ["layer 0", "layer 12", "layer 23"], ["first, middle and last of 24 layers"]),
         (
             {"layers": 9, "depth": 5},
-            [f"layer {n}, graph layer {m} of 5" for n in ("00", "04", "08") for m in (1, 3, 5)],
+            [f"layer {n}, graph layer {m} of 5" for n in (0, 4, 8) for m in (1, 3, 5)],
             ["first, middle and last of 9 layers; first, middle and last of 5 graph layers"],
         ),
     ],
@@ -155,7 +155,7 @@ def test_similarity_and_rank_have_a_line_per_layer(make_run):
     for axes, name in ((above, "similarity"), (below, "effective_rank")):
         expected = [record[f"moe/layer_01/{name}"] for record in run.train]
         np.testing.assert_allclose(axes.get_lines()[1].get_ydata(), expected)
-    assert list(lines_of(above)) == ["layer 00", "layer 01", "layer 02"]
+    assert list(lines_of(above)) == ["layer 0", "layer 1", "layer 2"]
     assert [text.get_text() for text in below.texts] == ["5 experts"]
     assert list(below.get_lines()[3].get_ydata()) == [5, 5]
 
@@ -189,7 +189,7 @@ def test_unknown_norms_leave_gaps_and_a_lost_graph_layer_leaves_its_panel_out(tm
     rows = [[0.5, None], [None, None], [0.25, None], [], None]
     run = written(tmp_path, *({"similarity": 0.1, "message_norm": row} for row in rows[:3]))
     (axes,) = message_norm.draw(run).axes
-    np.testing.assert_array_equal(lines_of(axes)["layer 00"], [[1, 0.5], [3, 0.25]])
+    np.testing.assert_array_equal(lines_of(axes)["layer 0"], [[1, 0.5], [3, 0.25]])
     for row in rows[3:]:
         assert message_norm.draw(written(tmp_path, {"similarity": 0.1, "message_norm": row})) is None
 

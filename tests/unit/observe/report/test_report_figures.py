@@ -157,8 +157,8 @@ def test_the_bias_figure_has_a_line_per_layer(make_run):
     figure = bias_range.draw(run)
     assert figure is not None
     lines = lines_of(figure.axes[0])
-    assert list(lines) == ["layer 00", "layer 01", "layer 02"]
-    np.testing.assert_allclose(lines["layer 01"][:, 1], [record["moe/layer_01/bias_range"] for record in run.train])
+    assert list(lines) == ["layer 0", "layer 1", "layer 2"]
+    np.testing.assert_allclose(lines["layer 1"][:, 1], [record["moe/layer_01/bias_range"] for record in run.train])
 
 
 def test_thinning_keeps_both_ends():

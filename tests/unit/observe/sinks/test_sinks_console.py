@@ -42,8 +42,8 @@ class Clock:
         return self.now
 
 
-def started(stream, tmp_path, start_step=0, clock=None, name="demo", graph=None):
-    model = {"ffn": {"graph": graph}}
+def started(stream, tmp_path, start_step=0, clock=None, name="demo", graph=None, **sections):
+    model = {"ffn": {"graph": graph}, **sections}
     config = TrainConfig.model_validate({"run": {"name": name}, "train": {"steps": 1000}, "model": model})
     sink = ConsoleSink(stream, clock or Clock())
     sink.start(RunContext(tmp_path, config, start_step))
@@ -68,6 +68,40 @@ def test_the_line_of_coupled_experts(tmp_path, coupled_record):
     started(stream, tmp_path).write(coupled_record)
     (line,) = lines_after_header(stream)
     assert line.endswith("| data - | sim 0.50 rank 2.50 msg 0.50 | eta -")
+
+
+def test_the_line_of_several_parts_of_a_block(tmp_path, parts_record):
+    stream = io.StringIO()
+    started(stream, tmp_path).write(parts_record)
+    (line,) = lines_after_header(stream)
+    told = "imb 1.00 dead 0 drop 50.0% | attn 4.00 dead 5 | passed 12.5% causal 12.5% agree 75%"
+    assert line.endswith(f"| data - | {told} | eta -")
+
+
+def test_the_legend_explains_the_parts_that_the_run_has(tmp_path):
+    stream = io.StringIO()
+    started(stream, tmp_path, attention={"kind": "switchhead"}, depth={"kind": "mixture_of_depths"})
+    words = re.findall(r"(\S+):", stream.getvalue().splitlines()[1])
+    assert words[-6:] == ["imb", "drop", "attn", "passed", "causal", "agree"]
+
+
+def test_the_status_names_the_worst_part_of_each_kind(tmp_path, monkeypatch, parts_record):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = Terminal()
+    sink = started(stream, tmp_path)
+    sink.write(parts_record)
+    sink.close("finished")
+    shown = stream.getvalue()
+    assert "attention: attn 4.00 dead 5   worst layer 3, values" in shown
+    assert "depth: passed 12.5% causal 12.5% agree 75%   worst layer 1, depth" in shown
+
+
+def test_an_evaluation_shows_the_loss_that_looks_ahead_beside_the_causal_one(tmp_path):
+    stream = io.StringIO()
+    record = {"kind": "eval", "step": 100, "loss": 3.2, "loss_looking_ahead": 2.9, "perplexity": 24.53}
+    started(stream, tmp_path).write(record)
+    assert lines_after_header(stream) == ["eval step 100 | loss 3.200 (looking ahead 2.900) | perplexity 24.53"]
 
 
 def test_coupled_experts_without_messages(tmp_path, coupled_record):
@@ -149,7 +183,7 @@ def test_on_a_terminal_lines_stay_and_the_status_goes(tmp_path, monkeypatch):
     shown = stream.getvalue()
     assert "step 120/1000 12% | loss 3.412" in shown
     assert "[bold]not markup[/bold]" in shown
-    assert "worst layer_00" in shown  # the status was there
+    assert "worst layer 0" in shown  # the status was there
     assert "\x1b[?25l" in shown and shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # and gave the cursor back
 
 
@@ -160,7 +194,7 @@ def test_the_status_names_the_layer_whose_experts_are_most_alike(tmp_path, monke
     sink = started(stream, tmp_path)
     sink.write(coupled_record)
     sink.close("finished")
-    assert "experts: sim 0.50 rank 2.50 msg 0.50   worst layer_03" in stream.getvalue()
+    assert "experts: sim 0.50 rank 2.50 msg 0.50   worst layer 3" in stream.getvalue()
 
 
 def test_a_resumed_run_shows_where_it_goes_on(tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ import pytest
 from moe_train.config.schema import TrainConfig
 from moe_train.observe.sinks import RunContext, SinkGroup, WandbSink
 from moe_train.observe.sinks import wandb as module
-from moe_train.observe.sinks.wandb import resolve_mode, wandb_values
+from moe_train.observe.sinks.wandb import resolve_mode
+from moe_train.observe.sinks.wandb_keys import wandb_values
 
 SECRET = "s3cr3t-value-9876"
 
@@ -121,6 +122,40 @@ def test_new_balance_losses_are_logged_and_causes_of_drops_stay_in_the_file():
     losses = {"importance_loss": 0.5, "load_loss": 0.25, "device_loss": 1.0, "communication_loss": None}
     extra = wandb_values(TRAIN | layer | losses).items() - wandb_values(TRAIN).items()
     assert dict(extra) == {"train/importance_loss": 0.5, "train/load_loss": 0.25, "train/device_loss": 1.0}
+
+
+def test_names_of_a_record_of_several_parts_of_a_block(parts_record):
+    assert wandb_values(parts_record) == {
+        "train/loss": 3.0,
+        "train/depth_loss": 0.25,
+        "moe/imbalance": 1.0,
+        "moe/dead": 0.0,
+        "moe/drop_frac": 0.5,
+        "moe/entropy": 0.5,
+        "moe/L03/load_max": 1.0,
+        "moe/L03/entropy": 0.5,
+        "attention/imbalance": 4.0,
+        "attention/dead": 5.0,
+        "attention/drop_frac": 0.0,
+        "attention/entropy": 0.75,
+        "attention/L03_values/load_max": 4.0,
+        "attention/L03_values/entropy": 1.0,
+        "attention/L03_outputs/load_max": 2.0,
+        "attention/L03_outputs/entropy": 0.5,
+        "depth/chosen_share": 0.125,
+        "depth/causal_share": 0.125,
+        "depth/causal_accuracy": 0.75,
+        "depth/L01/causal_share": 0.25,
+        "depth/L01/causal_accuracy": 0.75,
+        "depth/L03/causal_share": 0.0,
+        "depth/L03/causal_accuracy": 0.875,
+    }
+
+
+def test_both_losses_of_an_evaluation_are_logged():
+    record = {"kind": "eval", "step": 3, "loss": 3.0, "loss_looking_ahead": 2.5, "bits_per_byte_looking_ahead": 1.5}
+    expected = {"val/loss": 3.0, "val/loss_looking_ahead": 2.5, "val/bits_per_byte_looking_ahead": 1.5}
+    assert wandb_values(record) == expected
 
 
 def test_names_of_a_record_of_coupled_experts_and_no_nested_lists(coupled_record):
