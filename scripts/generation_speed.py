@@ -94,7 +94,7 @@ def rows(names: list[str], lengths: list[int], setting: Setting) -> Iterator[str
                 rate = (length - setting.prompt) / found.median_ms * 1e3
                 kept = bytes_per_token(model) if way == REMEMBERED and can_remember(model.config) else 0
                 gain = found.ratio_to(times[READ_AGAIN])
-                yield f"| {name} | {length} | {way} | {rate:.0f} | {gain} | {kept} | {'yes' if is_same else 'no'} |"
+                yield f"| {name} | {length} | {way} | {rate:.1f} | {gain} | {kept} | {'yes' if is_same else 'no'} |"
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ class OffloadConfig(Strict):
     cached: PositiveInt = 8
     """Experts of each layer that are kept in memory, on each rank: those used most. One more is on its way through."""
     folder: str | None = None
-    """Where experts lie one by one, on a disk that all ranks share; null: experts/ in the run's folder. Written on first
+    """Where experts lie one by one, on a disk that all ranks share; null: experts/ of the run. Written on first
     use, and anew for another checkpoint."""
 
 

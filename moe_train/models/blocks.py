@@ -90,21 +90,21 @@ class Block(TransformerBlock):
         return found
 
     def forward(
-        self, x_BSD: Tensor, rotary: Rotary | None, context: RoutingContext, memory: Memory | None = None
+        self,
+        x_BSD: Tensor,
+        rotary: Rotary | None,
+        context: RoutingContext,
+        memory: Memory | None = None,
+        residual: bool = True,
     ) -> BlockOutput:
-        """Apply to the residual stream [B, S, D] of the tokens that ``context`` describes."""
+        """Apply to the residual stream [B, S, D]; without ``residual`` return only what is added to it."""
         attended = self.attend_any(x_BSD, rotary, context, memory)
-        x_BSD = x_BSD + attended.x_BSD
-        fed = self.feed_any(x_BSD, context)
-        return BlockOutput(x_BSD + fed.x_BSD, (*attended.records, *fed.records))
-
-    def added(
-        self, x_BSD: Tensor, rotary: Rotary | None, context: RoutingContext, memory: Memory | None = None
-    ) -> BlockOutput:
-        """Return what attention and feed-forward part add together."""
-        attended = self.attend_any(x_BSD, rotary, context, memory)
-        fed = self.feed_any(x_BSD + attended.x_BSD, context)
-        return BlockOutput(attended.x_BSD + fed.x_BSD, (*attended.records, *fed.records))
+        middle_BSD = x_BSD + attended.x_BSD
+        base_BSD = middle_BSD if residual else attended.x_BSD
+        if isinstance(self.ffn, MoELayer | GraphLayer):
+            output = self.ffn(self.ffn_norm(middle_BSD), context)
+            return BlockOutput(base_BSD + output.y_BSD, (*attended.records, output.record))
+        return BlockOutput(base_BSD + self.feed(middle_BSD), attended.records)
 
     def attend_any(
         self, x_BSD: Tensor, rotary: Rotary | None, context: RoutingContext, memory: Memory | None = None
@@ -119,13 +119,6 @@ class Block(TransformerBlock):
         """Return what attention without experts adds to [B, S, D]. Its shapes are those of the batch."""
         added_BSD: Tensor = self.attention(self.attention_norm(x_BSD), rotary, memory)
         return added_BSD
-
-    def feed_any(self, x_BSD: Tensor, context: RoutingContext) -> BlockOutput:
-        """Return what the feed-forward part, of whatever kind, adds to the residual stream [B, S, D]."""
-        if isinstance(self.ffn, MoELayer | GraphLayer):
-            output = self.ffn(self.ffn_norm(x_BSD), context)
-            return BlockOutput(output.y_BSD, (output.record,))
-        return BlockOutput(self.feed(x_BSD))
 
     def feed(self, x_BSD: Tensor) -> Tensor:
         """Return what a dense network adds to the residual stream [B, S, D]. Its shapes are those of the batch."""
@@ -152,19 +145,17 @@ class CoupledBlocks(TransformerBlock):
         return {"": self.layer}
 
     def forward(
-        self, x_BSD: Tensor, rotary: Rotary | None, context: RoutingContext, memory: Memory | None = None
+        self,
+        x_BSD: Tensor,
+        rotary: Rotary | None,
+        context: RoutingContext,
+        memory: Memory | None = None,
+        residual: bool = True,
     ) -> BlockOutput:
-        """Apply to the residual stream [B, S, D] of the tokens that ``context`` describes; they remember nothing."""
-        added = self.added(x_BSD, rotary, context, memory)
-        return BlockOutput(x_BSD + added.x_BSD, added.records)
-
-    def added(
-        self, x_BSD: Tensor, rotary: Rotary | None, context: RoutingContext, memory: Memory | None = None
-    ) -> BlockOutput:
-        """Return what the coupled blocks add together."""
+        """Apply to the residual stream [B, S, D]; without ``residual`` return only what is added. Remembers nothing."""
         assert memory is None, "a memory has room for one attention per block"
         output = self.layer(x_BSD, context, rotary)
-        return BlockOutput(output.y_BSD, (output.record,))
+        return BlockOutput(x_BSD + output.y_BSD if residual else output.y_BSD, (output.record,))
 
 
 class MTPModule(nn.Module):

@@ -174,11 +174,12 @@ class DepthBlock(TransformerBlock, Foresighted):
         record = DepthRecord.of(passage, logits_BS, context)
         rows_N = flat_rows(passage.indices_BC, context.length)
         x_BCD = x_BSD.flatten(0, 1).index_select(0, rows_N).view(*passage.indices_BC.shape, -1)
-        added = self.block.added(
+        added: BlockOutput = self.block(
             x_BCD,
             None if rotary is None else rotary.at(passage.indices_BC),
             context.chosen(passage.indices_BC, passage.valid_BC),
             None if passage.is_empty else memory,
+            residual=False,
         )
         gates_BC1 = self.router.gates(scores_BS.gather(1, passage.indices_BC)).unsqueeze(-1)
         y_BCD = x_BCD + (gates_BC1 * added.x_BSD).to(x_BCD.dtype)

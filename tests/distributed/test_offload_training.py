@@ -80,7 +80,7 @@ def wrong_on(world: World) -> list[str]:
     for ep in (1, 2):
         mesh = build_mesh(world, ep, 2)
         for case in CASES:
-            for with_start in (False, True):
+            for with_start in (False, True) if case is CASES[0] else (False,):
                 plain, moved = (engine_of(world, mesh, case, offload, with_start) for offload in (False, True))
                 where = f"{case.name}, ep {ep}, start {with_start}"
                 if places(plain) != {("OffloadPolicy", False)} or places(moved) != {("CPUOffloadPolicy", True)}:

@@ -40,7 +40,7 @@ SELECTORS = {"kind", "source", "scope", "expert"}
 """A file may name the option that it is, even where that is the default."""
 NEEDS = {"model/ffn/graph": ("model=graph_tiny",)}
 """What must be chosen before an option of a group can be: routed presets have no graph to choose."""
-SIZES = {"num_experts", "top_k", "expert_dim", "hidden_dim"}
+SIZES = {"num_experts", "top_k", "expert_dim", "hidden_dim", "experts", "top_groups"}
 """Sizes are what a preset is: another default must not make it another model. (A variant of the study changes what the
 experiment has set, possibly back to a default.)"""
 
@@ -138,7 +138,7 @@ def test_no_file_repeats_a_default(path: Path) -> None:
 
 SECTIONS = [
     value
-    for module in (schema, model, attention, graph, routing, bench)
+    for module in (schema, model, attention, balance, depth, graph, inference, routing, bench)
     for value in vars(module).values()
     if isinstance(value, type) and issubclass(value, Strict) and value.__module__ == module.__name__
 ]
