@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from moe_train.bench import alone
+from moe_train.bench import on_ranks
 from moe_train.config.compose import compose_config
 from moe_train.config.rules import train_problems
 from moe_train.config.schema import TrainConfig
 from moe_train.data.loader import Batch
+from moe_train.dist.world import World, joined
 from moe_train.ops.pointwise import fuse
 from moe_train.training.step import StepSettings, train_step
 
@@ -31,6 +35,7 @@ FASTER = {
 }
 TOLERANCES = {"fp64": 1e-10, "fp32": 1e-5}
 """Of the layout contract."""
+Curve: TypeAlias = Callable[..., tuple[float, ...]]
 
 
 def batches() -> list[Batch]:
@@ -46,12 +51,18 @@ def batches() -> list[Batch]:
     return made
 
 
-@functools.cache
-def curve(precision: str, *keys: str) -> tuple[float, ...]:
+@pytest.fixture(scope="module")
+def curve() -> Iterator[Curve]:
+    """Trains by given keys, each combination once."""
+    with joined(dist.HashStore(), alone := World(0, 1, torch.device("cpu"), 30.0)):
+        yield functools.cache(functools.partial(losses_of, alone))
+
+
+def losses_of(world: World, precision: str, *keys: str) -> tuple[float, ...]:
     """The loss of each step, in nats per token."""
     own = [f"train.precision={precision}", *SIZES, *PLAIN, *keys]
     config = compose_config("train", TrainConfig, train_problems, own)
-    mesh, engine = alone(config, VOCAB)
+    mesh, engine = on_ranks(config, world, VOCAB)
     tokens, losses = SEQUENCES * LENGTH, []
     for step, batch in enumerate(batches()):
         tally = train_step(engine, mesh, [batch], tokens, StepSettings(3e-3, 1.0, seed=step)).tally
@@ -62,14 +73,14 @@ def curve(precision: str, *keys: str) -> tuple[float, ...]:
 
 @pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("faster", FASTER)
-def test_losses_before_and_after_an_optimisation_are_equal(faster: str, precision: str) -> None:
+def test_losses_before_and_after_an_optimisation_are_equal(faster: str, precision: str, curve: Curve) -> None:
     before, after = curve(precision), curve(precision, *FASTER[faster])
     assert before[-1] < before[0] - 0.5, "something is learnt, so that differences would grow"
     assert after == pytest.approx(before, rel=TOLERANCES[precision])
 
 
 @pytest.mark.slow
-def test_losses_with_fused_pointwise_functions_are_equal() -> None:
+def test_losses_with_fused_pointwise_functions_are_equal(curve: Curve) -> None:
     before = curve("fp32")
     try:
         after = curve("fp32", "train.compile=pointwise")

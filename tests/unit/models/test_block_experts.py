@@ -6,7 +6,7 @@ from model_samples import LATENT, config_of, filled, random
 from torch import Tensor
 
 from moe_train.config.model import ModelConfig
-from moe_train.models.attention import rotary_width
+from moe_train.models.attention import build_attention, rotary_width
 from moe_train.models.block_experts import BlockExperts
 from moe_train.models.blocks import Block, CoupledBlocks
 from moe_train.models.build import build_block
@@ -36,7 +36,8 @@ EACH_KIND = pytest.mark.parametrize("config", [config_of(*GRAPH, *words) for wor
 def block_of(config: ModelConfig) -> Block:
     ffn = config.ffn
     activation = ffn.expert_activation or ffn.activation
-    return Block(config, 0, FeedForward(config.dim, ffn.expert_dim, activation, 1.0, 1.0, ffn.expert_bias), 1.0)
+    network = FeedForward(config.dim, ffn.expert_dim, activation, 1.0, 1.0, ffn.expert_bias)
+    return Block(config, build_attention(config, 0, 1.0), network)
 
 
 def experts_of(config: ModelConfig, experts: range = HELD) -> BlockExperts:

@@ -8,14 +8,16 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from moe_train.bench import alone
+from moe_train.bench import on_ranks
 from moe_train.config.compose import compose_config
 from moe_train.config.rules import train_problems
 from moe_train.config.schema import TrainConfig
 from moe_train.data.loader import Batch
+from moe_train.dist.world import World, joined
 from moe_train.parallel.activations import activation_bytes, blocks_in_sight, recomputed_bytes, working_bytes
 from moe_train.parallel.memory import memory_per_rank
 from moe_train.training.step import StepSettings, train_step
@@ -30,6 +32,12 @@ MODELS = {
     "dense": ("model=dense_tiny",),
 }  # fmt: skip
 CASES = list(itertools.product(MODELS, ("fp32", "bf16"), ("none", "selective", "full")))
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with joined(dist.HashStore(), alone := World(0, 1, torch.device("cpu"), 30.0)):
+        yield alone
 
 
 def config_of(model: str, precision: str, remat: str) -> TrainConfig:
@@ -65,9 +73,9 @@ def kept_by_nodes(loss: Tensor) -> Iterator[Tensor]:
         waiting += [following for following, _ in node.next_functions]
 
 
-def measured_kept(config: TrainConfig) -> int:
+def measured_kept(config: TrainConfig, world: World) -> int:
     """Bytes of all storages that the backward pass will want, but for the parameters'."""
-    _, engine = alone(config, VOCAB)
+    _, engine = on_ranks(config, world, VOCAB)
     kept: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -85,19 +93,19 @@ def measured_kept(config: TrainConfig) -> int:
 
 
 @pytest.mark.parametrize(("model", "precision", "remat"), CASES)
-def test_a_forward_pass_keeps_what_the_closed_form_says(model: str, precision: str, remat: str) -> None:
+def test_a_forward_pass_keeps_what_the_closed_form_says(model: str, precision: str, remat: str, world: World) -> None:
     """Two in a hundred: how far segments of experts are filled up is known only when they are routed."""
     config = config_of(model, precision, remat)
     tokens = SEQUENCES * LENGTH
     expected = activation_bytes(config.model, VOCAB, tokens, LENGTH, precision, remat, precision == "bf16")
-    assert measured_kept(config) == pytest.approx(expected, rel=0.02)
+    assert measured_kept(config, world) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize(("model", "precision", "remat"), CASES)
-def test_a_step_needs_what_the_closed_forms_say(model: str, precision: str, remat: str) -> None:
+def test_a_step_needs_what_the_closed_forms_say(model: str, precision: str, remat: str, world: World) -> None:
     """State, what is kept, what is made again, room for one part: they are not all largest at the same moment."""
     config = config_of(model, precision, remat)
-    mesh, engine = alone(config, VOCAB)
+    mesh, engine = on_ranks(config, world, VOCAB)
     step = partial(train_step, engine, mesh, [batch()], SEQUENCES * LENGTH, StepSettings(1e-3, 1.0, seed=0))
     step()  # moments exist from here on
     tracker = MemTracker()
