@@ -22,7 +22,7 @@ from moe_train.models.memory import Memory
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.foresight import Foresighted
 from moe_train.moe.modules import Linear
-from moe_train.moe.record import ExpertLayer, LayerRecord
+from moe_train.moe.record import ExpertLayer, LayerRecord, LossPerToken
 from moe_train.moe.roles import Kind, Role
 from moe_train.ops.keep import decide
 from moe_train.ops.rotary import Rotary
@@ -105,7 +105,7 @@ class DepthRouter(nn.Module):
         hidden, is_predicted = config.predictor_dim, config.causal == "predictor"
         self.hidden = Linear(dim, hidden, init_std, biased=True) if is_predicted else None
         self.verdict = Linear(hidden, 1, init_std, biased=True) if is_predicted else None
-        self.balance = DepthLosses(config.causal_coef)
+        self.balance = LossPerToken("depth_loss", config.causal_coef)
 
     def scores(self, x_BSD: Tensor) -> Tensor:
         """Return r = w · x (section 3.4 of the paper) of tokens [B, S, D]: [B, S], at least fp32."""
@@ -220,7 +220,7 @@ def flat_rows(indices_BC: Tensor, length: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DepthRecord(LayerRecord):
-    """Which valid tokens a block took, and which it would take without knowing later ones. One loss: `DepthLosses`.
+    """Which valid tokens a block took, and which it would take without knowing later ones. The statistic is its loss.
 
     Attributes:
         taken: scalar int64, tokens that passed the block.
@@ -255,27 +255,3 @@ class DepthRecord(LayerRecord):
         tokens = max(1, self.tokens.item())
         named = {"chosen_share": self.taken, "causal_share": self.willing, "causal_accuracy": self.right}
         return {name: count.item() / tokens for name, count in named.items()}
-
-
-@dataclass(frozen=True)
-class DepthLosses:
-    """The loss of the causal choice: binary cross-entropy per token, with the best of the sequence as targets.
-
-    Attributes:
-        coef: its weight relative to the cross-entropy per token.
-    """
-
-    coef: float
-
-    @property
-    def needs_totals(self) -> bool:
-        """Whether the gradient depends on statistics of the whole step: no, each token has its own loss."""
-        return False
-
-    def share(self, record: LayerRecord, totals: tuple[Tensor, ...]) -> Tensor:
-        """Return the weighted loss of a record, times its number of tokens."""
-        return self.coef * record.statistics[0].sum()
-
-    def values(self, totals: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Return n times the unweighted loss, by name."""
-        return {"depth_loss": totals[0].sum()}

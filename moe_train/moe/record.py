@@ -67,6 +67,32 @@ class LayerLosses(Protocol):
         """Return n times each unweighted loss, by name, from the statistics of the whole step."""
 
 
+@dataclass(frozen=True)
+class LossPerToken:
+    """The loss of a layer that has one and of which each token has its own: the record's statistic is its sum.
+
+    Attributes:
+        name: by which it is told.
+        coef: its weight relative to the cross-entropy per token.
+    """
+
+    name: str
+    coef: float
+
+    @property
+    def needs_totals(self) -> bool:
+        """Whether the gradient depends on statistics of the whole step: it does not."""
+        return False
+
+    def share(self, record: LayerRecord, totals: tuple[Tensor, ...]) -> Tensor:
+        """Return the weighted loss of a record, times its number of tokens."""
+        return self.coef * record.statistics[0].sum()
+
+    def values(self, totals: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Return n times the unweighted loss, by name."""
+        return {self.name: totals[0].sum()}
+
+
 class LayerKey(NamedTuple):
     """Which layer of a model a record is of."""
 

@@ -12,7 +12,7 @@ from moe_train.config.graph import GraphConfig
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.dense_exchange import DenseExchange
 from moe_train.moe.graph.coupling import Coupled, Coupling
-from moe_train.moe.graph.record import Diversity, GraphRecord
+from moe_train.moe.graph.record import GraphRecord, diversity
 from moe_train.moe.record import LayerOutput
 from moe_train.ops.rotary import Rotary
 
@@ -40,7 +40,7 @@ class GraphLayer(nn.Module):
         self.exchange = exchange
         self.experts = experts
         self.coupling = coupling
-        self.balance = Diversity(config.orthogonality)
+        self.balance = diversity(config.orthogonality)
 
     @property
     def sees_sequences(self) -> bool:

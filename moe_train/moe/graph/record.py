@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_train.moe.graph.coupling import Coupled
 from moe_train.moe.graph.similarity import cosines
-from moe_train.moe.record import LayerRecord
+from moe_train.moe.record import LayerRecord, LossPerToken
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class GraphRecord(LayerRecord):
     sent_norms_M: Tensor
 
     @staticmethod
-    def of(added_TED: Tensor, coupled: Coupled, valid_T: Tensor, diversity: Diversity) -> GraphRecord:
+    def of(added_TED: Tensor, coupled: Coupled, valid_T: Tensor, loss: LossPerToken) -> GraphRecord:
         """Sum up one forward pass.
 
         Args:
             added_TED: [T, E, D] what each expert adds to each token.
             coupled: what the coupling made of the experts' results.
             valid_T: [T] bool, False for padding.
-            diversity: the layer's loss, which decides whether the cosines have a gradient.
+            loss: the layer's `diversity`, which decides whether the cosines have a gradient.
         """
         valid_T = valid_T.to(torch.float64)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and diversity.coef > 0.0):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and loss.coef > 0.0):
             cosines_TEE = cosines(added_TED)
             squares = torch.einsum("tij,t->ij", squared_off_diagonal(cosines_TEE), valid_T).sum().view(1)
         with torch.no_grad():
@@ -78,28 +78,9 @@ class GraphRecord(LayerRecord):
         }
 
 
-@dataclass(frozen=True)
-class Diversity:
-    """The loss of a graph-coupled layer: mean squared cosine between what two experts add, 0 (orthogonal) to 1 (alike).
-
-    Attributes:
-        coef: its weight relative to the cross-entropy per token.
-    """
-
-    coef: float
-
-    @property
-    def needs_totals(self) -> bool:
-        """Whether the gradient depends on statistics of the whole step: no, each token has its own loss."""
-        return False
-
-    def share(self, record: LayerRecord, totals: tuple[Tensor, ...]) -> Tensor:
-        """Return the weighted loss of a record, times its number of tokens."""
-        return self.coef * record.statistics[0].sum()
-
-    def values(self, totals: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Return n times the unweighted loss, by name."""
-        return {"orthogonality_loss": totals[0].sum()}
+def diversity(coef: float) -> LossPerToken:
+    """Return the loss of a layer: mean squared cosine between what two experts add, 0 (orthogonal) to 1 (alike)."""
+    return LossPerToken("orthogonality_loss", coef)
 
 
 def squared_off_diagonal(cosines_TEE: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -178,7 +179,7 @@ def test_what_a_block_adds_is_weighted_by_the_router_which_learns_from_it(weight
 @pytest.mark.parametrize("coef", [0.0, 0.5])
 def test_the_record_and_its_loss_are_those_of_the_formula(name: str, causal: str, coef: float) -> None:
     block, config, context = block_of(name, causal=causal), deep(*MODELS[name]), context_of([16, 9, 0])
-    block.router.balance = type(block.router.balance)(coef)
+    block.router.balance = replace(block.router.balance, coef=coef)
     x_BSD = random(B, S, 16).requires_grad_()
     record = block(x_BSD, rotary_of(block, config), context).records[0]
     assert isinstance(record, DepthRecord)

@@ -14,14 +14,14 @@ from moe_train.moe.experts import DenseExperts
 from moe_train.moe.graph.conv import Messages
 from moe_train.moe.graph.coupling import Coupled
 from moe_train.moe.graph.layer import GraphLayer
-from moe_train.moe.graph.record import Diversity, GraphRecord, effective_rank
+from moe_train.moe.graph.record import GraphRecord, diversity, effective_rank
 
 SILENT = Coupled(torch.zeros(0), ())
 
 
 def record_of(added_TED: Tensor, coupled: Coupled = SILENT, valid: list[bool] | None = None) -> GraphRecord:
     valid_T = torch.tensor([True] * len(added_TED) if valid is None else valid)
-    return GraphRecord.of(added_TED, coupled, valid_T, Diversity(1.0))
+    return GraphRecord.of(added_TED, coupled, valid_T, diversity(1.0))
 
 
 def layer_of(num_experts: int = 4, orthogonality: float = 0.5, **graph: object) -> GraphLayer:
@@ -184,15 +184,15 @@ def test_without_messages_there_is_no_adjacency() -> None:
 
 def test_the_loss_is_the_mean_squared_cosine() -> None:
     """Of each token, summed over tokens: 1 for equal experts, 0 for orthogonal ones, times its weight."""
-    diversity = Diversity(0.25)
+    loss_of = diversity(0.25)
     for added_TED, loss in (
         (random(5, 1, 6).expand(5, 4, 6), 5.0),
         (torch.eye(6, dtype=torch.float64)[:4].expand(5, 4, 6), 0.0),
         (random(5, 1, 6), 0.0),
     ):
-        record = GraphRecord.of(added_TED, SILENT, torch.ones(5, dtype=torch.bool), diversity)
-        assert diversity.values(record.statistics)["orthogonality_loss"].item() == pytest.approx(loss, abs=1e-12)
-        assert diversity.share(record, ()).item() == pytest.approx(0.25 * loss, abs=1e-12)
+        record = GraphRecord.of(added_TED, SILENT, torch.ones(5, dtype=torch.bool), loss_of)
+        assert loss_of.values(record.statistics)["orthogonality_loss"].item() == pytest.approx(loss, abs=1e-12)
+        assert loss_of.share(record, ()).item() == pytest.approx(0.25 * loss, abs=1e-12)
     added_TED = random(5, 4, 6)
     record = record_of(added_TED)
     expected = sum(
