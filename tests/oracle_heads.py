@@ -43,22 +43,27 @@ def decide(model, weight_ED: Tensor, tokens: list[Token], side: str) -> tuple[li
     return tokens, [decide_for_heads(model, weight_ED, token) for token in tokens]
 
 
-def switchhead(model, w: dict[str, Tensor], x_BSD: Tensor, tokens: list[Token]):
-    """What attention adds to [B, S, D], and tokens and decisions of both sides; ``tokens`` are the valid ones."""
+def switchhead(model, w: dict[str, Tensor], x_BSD: Tensor, tokens: list[Token], columns: list[int], places=None):
+    """What attention adds to [B, S, D], and tokens and decisions of both sides.
+
+    ``tokens`` are the valid ones and ``columns`` where these stand in their sequences; ``places``: position (or one per
+    sequence) by column.
+    """
     config, heads = model.attention, model.heads
     width = config.head_dim or model.dim // heads
     size, length = x_BSD.shape[:2]
+    places = range(length) if places is None else places
     sides = {side: decide(model, w[f"{side}.router.weight"], tokens, side) for side in DRAWS}
 
     values = [[[torch.zeros(width, dtype=x_BSD.dtype)] * size for _ in range(heads)] for _ in range(length)]
-    for token, decision in zip(*sides["values"], strict=True):
+    for column, token, decision in zip(columns, *sides["values"], strict=True):
         for e, weight in zip(decision.experts, decision.weigh(decision.experts), strict=True):
-            place = values[token.position][e // config.experts]
+            place = values[column][e // config.experts]
             place[token.sequence] = place[token.sequence] + weight * (token.x_D @ w["values.experts.weight_LNM"][e])
 
-    def placed(x_BW: Tensor, position: int) -> Tensor:
+    def placed(x_BW: Tensor, column: int) -> Tensor:
         """Learned positions are in the tokens already."""
-        return turn(x_BW, position, config) if model.positions == "rotary" else x_BW
+        return turn(x_BW, places[column], config) if model.positions == "rotary" else x_BW
 
     queries, keys = [], []
     for s, x_BD in enumerate(x_BSD.unbind(1)):
@@ -73,9 +78,9 @@ def switchhead(model, w: dict[str, Tensor], x_BSD: Tensor, tokens: list[Token]):
             seen[s, h] = look(queries[s][h], *near, 1 / math.sqrt(width), None)
 
     y = {(b, s): torch.zeros_like(x_BSD[b, s]) for b in range(size) for s in range(length)}
-    for token, decision in zip(*sides["outputs"], strict=True):
+    for column, token, decision in zip(columns, *sides["outputs"], strict=True):
         for e, weight in zip(decision.experts, decision.weigh(decision.experts), strict=True):
-            seen_W = seen[token.position, e // config.experts][token.sequence]
-            place = token.sequence, token.position
+            seen_W = seen[column, e // config.experts][token.sequence]
+            place = token.sequence, column
             y[place] = y[place] + weight * (seen_W @ w["outputs.experts.weight_LNM"][e])
     return torch.stack(list(y.values())).view_as(x_BSD), sides

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from moe_train.checkpoint.manifest import METADATA, OLDER_OR_COPY, Manifest
-from moe_train.checkpoint.stored import read_pieces
+from moe_train.checkpoint.stored import BoxReader
 from moe_train.errors import CheckpointError, Problem
 
 ALLOWED = {
@@ -83,7 +83,7 @@ class VerifiedReader(FileSystemReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fill the planned pieces, reading no box twice and no rows that nobody here wants."""
-        read_pieces(self.folder, self.metadata, plan.items, planner)
+        BoxReader(self.folder, self.metadata).read(plan.items, planner)
         done: Future[None] = Future()
         done.set_result(None)
         return done

@@ -10,12 +10,12 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
@@ -36,30 +36,86 @@ class Place(Protocol):
     length: int
 
 
-def read_pieces(folder: Path, metadata: Metadata, items: Sequence[ReadItem], planner: LoadPlanner) -> None:
-    """Fill what a planner wants from the files of a checkpoint, file by file and in the order of their bytes.
+@dataclass(frozen=True)
+class Description:
+    """What a box is, without its values.
+
+    Attributes:
+        shape: [N, ...]; of a scalar [].
+        dtype: of the values.
+        is_contiguous: whether the values lie in the file row by row.
+        start_bytes: where the first value lies in the file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_contiguous: bool
+    start_bytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of one index of dimension 0."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+class BoxReader:
+    """Reads from the files of a checkpoint. Keeps what boxes look like, so that none is described twice, and no values.
 
     Args:
         folder: of the files.
         metadata: says where each box lies.
-        items: the wanted pieces, each of one box.
-        planner: knows the tensors to fill; they get the values in their own dtype and on their own device.
     """
-    places: Mapping[MetadataIndex, Place] = metadata.storage_data
-    lengths = first_lengths(metadata, {item.storage_index.fqn for item in items})
-    of_box: dict[MetadataIndex, list[ReadItem]] = defaultdict(list)
-    for item in items:
-        of_box[item.storage_index].append(item)
-    of_file: dict[str, list[MetadataIndex]] = defaultdict(list)
-    for index in sorted(of_box, key=lambda index: places[index].offset):
-        of_file[places[index].relative_path].append(index)
-    for name, indices in of_file.items():
-        with opened(folder / name) as file:
-            for index in indices:
-                for item, values in pieces(file, places[index], lengths[index], of_box[index]):
-                    target = planner.resolve_tensor(item).detach()
-                    target.copy_(values)
-                    planner.commit_tensor(item, target)
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        self.folder, self.metadata = folder, metadata
+        self.places: Mapping[MetadataIndex, Place] = metadata.storage_data
+        self._descriptions: dict[MetadataIndex, Description] = {}
+
+    def read(self, items: Sequence[ReadItem], planner: LoadPlanner) -> None:
+        """Fill what a planner wants, file by file and in the order of their bytes.
+
+        Args:
+            items: the wanted pieces, each of one box.
+            planner: knows the tensors to fill; they get the values in their own dtype and on their own device.
+
+        Raises:
+            EOFError: a file ends within a box.
+        """
+        lengths = first_lengths(self.metadata, {item.storage_index.fqn for item in items})
+        of_box: dict[MetadataIndex, list[ReadItem]] = defaultdict(list)
+        for item in items:
+            of_box[item.storage_index].append(item)
+        of_file: dict[str, list[MetadataIndex]] = defaultdict(list)
+        for index in sorted(of_box, key=lambda index: self.places[index].offset):
+            of_file[self.places[index].relative_path].append(index)
+        for name, indices in of_file.items():
+            with opened(self.folder / name) as file:
+                for index in indices:
+                    for item, values in self.pieces(file, index, lengths[index], of_box[index]):
+                        target = planner.resolve_tensor(item).detach()
+                        target.copy_(values)
+                        planner.commit_tensor(item, target)
+
+    def pieces(
+        self, file: IO[bytes], index: MetadataIndex, num_rows: int, items: Sequence[ReadItem]
+    ) -> Iterator[tuple[ReadItem, Tensor]]:
+        """Yield the pieces of one box: of the box in memory, or row by row where fewer rows are wanted than it has."""
+        wanted_rows = sum(item.lengths[0] if item.lengths else 1 for item in items)
+        box = self.description(file, index) if wanted_rows < num_rows else None
+        if box is None or not box.is_contiguous:
+            whole = loaded(file, self.places[index])
+            for item in items:
+                yield item, narrow_tensor_by_index(whole, item.storage_offsets, item.lengths)
+            return
+        for item in items:
+            values = rows(file, box, item.storage_offsets[0], item.lengths[0])
+            yield item, narrow_tensor_by_index(values, [0, *item.storage_offsets[1:]], item.lengths)
+
+    def description(self, file: IO[bytes], index: MetadataIndex) -> Description:
+        """Return what a box of this file looks like; looks into the file for the first time only."""
+        if index not in self._descriptions:
+            self._descriptions[index] = described(file, self.places[index])
+        return self._descriptions[index]
 
 
 def opened(path: Path) -> IO[bytes]:
@@ -78,52 +134,35 @@ def first_lengths(metadata: Metadata, keys: Iterable[str]) -> dict[MetadataIndex
     }
 
 
-def pieces(
-    file: IO[bytes], place: Place, num_rows: int, items: Sequence[ReadItem]
-) -> Iterator[tuple[ReadItem, Tensor]]:
-    """Yield the pieces of one box: of the box in memory, or row by row where fewer rows are wanted than it has."""
-    wanted_rows = sum(item.lengths[0] if item.lengths else 1 for item in items)
-    box = described(file, place) if wanted_rows < num_rows else None
-    if box is None or not box.is_contiguous():
-        whole = loaded(file, place)
-        for item in items:
-            yield item, narrow_tensor_by_index(whole, item.storage_offsets, item.lengths)
-        return
-    for item in items:
-        values = rows(file, place, box, item.storage_offsets[0], item.lengths[0])
-        yield item, narrow_tensor_by_index(values, [0, *item.storage_offsets[1:]], item.lengths)
+def described(file: IO[bytes], place: Place) -> Description:
+    """Return what the box at a place looks like, without reading its values.
+
+    Of the device "meta" and not by a FakeTensorMode, which keeps something of every tensor that it ever saw.
+    """
+    box = loaded(file, place, "meta")
+    # torch notes there, for readers like this one, at which byte of its archive a storage begins.
+    start_bytes = box.untyped_storage()._checkpoint_offset
+    assert start_bytes is not None, "torch knows where the values begin that it did not read"
+    start_bytes += place.offset + int(box.storage_offset()) * box.itemsize
+    return Description(tuple(box.shape), box.dtype, box.is_contiguous(), start_bytes)
 
 
-def described(file: IO[bytes], place: Place) -> Tensor:
-    """Return a box without its values: shape, strides and dtype, and where the values begin."""
-    with FakeTensorMode():
-        return loaded(file, place)
-
-
-def loaded(file: IO[bytes], place: Place) -> Tensor:
-    """Return the box that was saved at a place."""
+def loaded(file: IO[bytes], place: Place, device: str = "cpu") -> Tensor:
+    """Return the box that was saved at a place; on the device "meta" it has no values, and none are read."""
     view = _create_file_view(cast(io.IOBase, file), place.offset, place.length)
-    found = torch.load(cast(IO[bytes], view), map_location="cpu", weights_only=True)
+    found = torch.load(cast(IO[bytes], view), map_location=device, weights_only=True)
     assert isinstance(found, Tensor), f"a box is a tensor, not a {type(found).__name__}"
     return found
 
 
-def rows(file: IO[bytes], place: Place, box: Tensor, first: int, count: int) -> Tensor:
-    """Return ``count`` rows of dimension 0 of a contiguous box, reading no others.
+def rows(file: IO[bytes], box: Description, first: int, count: int) -> Tensor:
+    """Return rows ``first`` to ``first + count`` of a contiguous box, [count, ...] in its dtype, reading no others.
 
-    Args:
-        file: that holds it.
-        place: where.
-        box: its description (`described`), [N, ...].
-        first: of the rows.
-        count: of the rows.
+    Raises:
+        EOFError: the file ends before.
     """
     values = torch.empty((count, *box.shape[1:]), dtype=box.dtype)
-    # torch notes there, for readers like this one, at which byte of its archive a storage begins.
-    start = box.untyped_storage()._checkpoint_offset
-    assert start is not None, "a description knows where its values begin"
-    skipped_values = int(box.storage_offset()) + first * math.prod(box.shape[1:])
-    file.seek(place.offset + start + skipped_values * box.itemsize)
+    file.seek(box.start_bytes + first * box.row_bytes)
     read_into(file, values.view(-1).view(torch.uint8).numpy().data)
     return values
 

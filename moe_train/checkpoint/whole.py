@@ -20,7 +20,7 @@ from moe_train.checkpoint.manifest import METADATA, TRAINER, Manifest, damage_of
 from moe_train.checkpoint.metadata import read_metadata
 from moe_train.checkpoint.planner import PartReader
 from moe_train.checkpoint.reader import CHECKPOINTS, is_checkpoint, published_steps, step_name
-from moe_train.checkpoint.stored import read_pieces
+from moe_train.checkpoint.stored import BoxReader
 from moe_train.dist.parts import Part
 from moe_train.errors import CheckpointError, Problem
 
@@ -103,7 +103,7 @@ class Stored:
         values = torch.empty(tensor.shape, dtype=tensor.dtype)
         planner = PartReader()
         planner.set_up_planner({tensor.key: Part.whole(values)}, self.metadata, is_coordinator=True)
-        read_pieces(self.path, self.metadata, planner.create_local_plan().items, planner)
+        BoxReader(self.path, self.metadata).read(planner.create_local_plan().items, planner)
         return values
 
 

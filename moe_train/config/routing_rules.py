@@ -22,7 +22,7 @@ CHOICES = {"switch": 1, "base": 1, "gshard": 2}
 """Routers that are defined for one number of choices."""
 NORMALISING = (TopKRouterConfig, SigmoidRouterConfig, GroupLimitedRouterConfig)
 """Routers whose weights may be divided by their sum."""
-LOAD_METHODS = ("aux", "importance_load", "device", "communication", "loss_free")
+LOAD_METHODS = ("aux", "importance_load", "entropy", "device", "communication", "loss_free")
 """What evens out a load; the z-loss does not."""
 NO_BIAS = {
     "sinkhorn": "balances the choice itself",

@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
+from layout_cases import NOOP, SWITCHHEAD
 from layouts import RATES, Case, differences, rank_batches, run_layout, torch_engine
 from remat_runs import MODES, remat, run
 from remat_runs import differences as bit_differences
@@ -35,6 +36,18 @@ CASES = [
     Case("coupled networks, latent attention", ("model=graph_tiny", *DEEP, "model.attention.kind=mla",
          "model.attention.kv_rank=5", "model.attention.nope_dim=4", "model.attention.rope_dim=8",
          "model.attention.v_dim=3", "model.attention.rope_theta=100.0"), padding="uneven"),
+    Case("experts in attention and in the layer, dropped at random, entropy of both over the step",
+         (*DEEP, *SWITCHHEAD, "model.attention.entropy=0.1", "balance.entropy.coef=0.1", "router.kind=sigmoid"),
+         padding="uneven"),
+    Case("every block, experts in attention and no others, positions learned",
+         (*CLASSIFIER, *SWITCHHEAD, "model.depth.every=1", "model.ffn.num_experts=0", "model.positions=learned",
+          "model.max_positions=6"), padding="whole ranks"),
+    Case("no-op experts inside, loss-free, capacity of the chosen per sequence",
+         (*DEEP, *NOOP, "balance.loss_free.rate=0.1", "capacity.kind=factor", "capacity.factor=0.7"), start_bias=0.3,
+         padding="uneven"),
+    Case("every block, no-op experts and experts in attention, rerouted over the batch, one module ahead",
+         (*CLASSIFIER, *NOOP, *SWITCHHEAD, "model.depth.every=1", "model.mtp.depth=1", "capacity.kind=factor",
+          "capacity.factor=0.7", "capacity.scope=global", "capacity.reroute=true"), padding="uneven"),
 ]  # fmt: skip
 ALL = {1: [(1, 1, 1), (1, 1, 4)], 2: [(1, 1, 1), (2, 1, 4), (1, 2, 1)], 4: [(2, 1, 1), (4, 1, 4), (2, 2, 1)]}
 FEW = {1: [(1, 1, 1)], 2: [(2, 1, 4)]}

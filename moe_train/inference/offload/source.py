@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_train.checkpoint.metadata import read_metadata
 from moe_train.checkpoint.planner import PartReader
 from moe_train.checkpoint.reader import Checkpoint
-from moe_train.checkpoint.stored import read_pieces
+from moe_train.checkpoint.stored import BoxReader
 from moe_train.dist.parts import Box, Part
 from moe_train.inference.offload.record import Form
 
@@ -21,8 +21,8 @@ class Source:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.folder = checkpoint.path
         self.metadata = read_metadata(checkpoint.path, checkpoint.manifest)
+        self.boxes = BoxReader(checkpoint.path, self.metadata)
 
     def read(self, form: Form, name: str, *, expert: int) -> Tensor:
         """Return one tensor of one expert, on the CPU in the form's dtype.
@@ -39,5 +39,5 @@ class Source:
         part = Part((form.num_experts, *values.shape), (box,))
         planner = PartReader()
         planner.set_up_planner({f"model.{form.layer}.{name}": part}, self.metadata)
-        read_pieces(self.folder, self.metadata, planner.create_local_plan().items, planner)
+        self.boxes.read(planner.create_local_plan().items, planner)
         return values

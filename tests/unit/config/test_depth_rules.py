@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_train.config.attention import GroupedQueryConfig
+from moe_train.config.attention import GroupedQueryConfig, SwitchHeadConfig
 from moe_train.config.depth import FullDepthConfig, MixtureOfDepthsConfig
 from moe_train.config.graph import GraphConfig
 from moe_train.config.model import FFNConfig, ModelConfig
@@ -26,6 +26,9 @@ POSSIBLE: dict[str, dict[str, object]] = {
     "the last block alone": {"depth": {"every": 6}},
     "coupled networks": {"ffn": NETWORKS},
     "experts inside": {"ffn": FFNConfig(num_experts=4)},
+    "experts in attention, and some that do nothing": {
+        "attention": SwitchHeadConfig(), "ffn": FFNConfig(num_experts=4, num_noop_experts=2)
+    },
     "windows in the other blocks": {"attention": GroupedQueryConfig(window=8, full_every=2)},
     "windows in other blocks, every fourth takes some": {
         "attention": GroupedQueryConfig(window=8, full_every=2), "depth": {"every": 4}

@@ -21,6 +21,7 @@ ON = {
     "aux": b.AuxLossConfig(),
     "importance_load": b.ImportanceLoadConfig(load_coef=0.0),
     "z_loss": b.ZLossConfig(),
+    "entropy": b.EntropyConfig(),
     "device": b.DeviceLossConfig(),
     "communication": b.CommunicationLossConfig(),
     "loss_free": b.LossFreeConfig(),

@@ -5,14 +5,17 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from offload_samples import loaded, logits_of, save_run
 from safetensors.torch import load_file
+from spawn import run_ranks
 
 from moe_train.dist.world import World, joined
 from moe_train.errors import CheckpointError, ConfigError, DataError
@@ -32,6 +35,46 @@ def world() -> Iterator[World]:
 def run_dir(tmp_path: Path, world: World) -> Path:
     save_run(tmp_path / "run", world)
     return tmp_path / "run"
+
+
+MANY = ["model.dim=256", "model.ffn.num_experts=32", "model.ffn.expert_dim=512"]
+"""64 experts of two tensors, 0.5 and 1 MiB."""
+
+
+def anonymous_mib() -> float:
+    """The resident memory of this process that is of no file."""
+    found = re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None, "Linux says how much memory a process has"
+    return int(found[1]) / 1024
+
+
+def save_many(world: World, folder: Path) -> None:
+    save_run(folder, world, *MANY)
+
+
+def growth_while_writing(world: World, folder: Path) -> list[float]:
+    """By how many MiB this process has grown since the first record, at each of the others."""
+    at_records: list[float] = []
+    write_record = folder_module.write_record
+
+    def noted(*args: Any) -> None:
+        write_record(*args)
+        at_records.append(anonymous_mib())
+
+    folder_module.write_record = noted
+    loaded(folder, world, 1)
+    assert len(at_records) == 64
+    return [mib - at_records[0] for mib in at_records[1:]]
+
+
+def test_writing_many_experts_takes_the_memory_of_one(tmp_path: Path) -> None:
+    """It once grew by what it wrote: what each read left behind stood in the places that tensors had given back.
+
+    In a process of its own, which has no free memory from before.
+    """
+    run_ranks(save_many, 1, tmp_path)
+    (growth_mib,) = run_ranks(growth_while_writing, 1, tmp_path)
+    assert max(growth_mib) < 12, growth_mib
 
 
 def times_of(records: Path) -> dict[str, int]:
