@@ -11,13 +11,15 @@ from moe_train.config.schema import ExportConfig
 @door("export", ExportConfig)
 def main(config: ExportConfig) -> None:
     """Print what was written, what was compared, and how to load it."""
+    from moe_train.checkpoint.runs import read_config, require_writer
     from moe_train.dist.world import world_from_environment
-    from moe_train.inference.load import load_trained, read_config
+    from moe_train.inference.load import load_trained
     from moe_train.interop.card import how_to_load
     from moe_train.interop.publish import Subject, preflight, publish
 
     with world_from_environment(config.parallel.timeout_s) as world:
         run_dir, to = Path(config.run.dir).expanduser(), Path(config.to).expanduser()
+        world.leader_first(lambda: require_writer(run_dir))
         world.leader_first(lambda: preflight(config, read_config(run_dir).model))
         choice = preflight(config, read_config(run_dir).model)
         trained = load_trained(run_dir, config.checkpoint, config.parallel, world)

@@ -16,12 +16,14 @@ from moe_train.config.schema import GenerateConfig
 @door("generate", GenerateConfig)
 def main(config: GenerateConfig) -> None:
     """Print the prompt and its continuation."""
+    from moe_train.checkpoint.runs import require_writer
     from moe_train.dist.world import world_from_environment
     from moe_train.inference.load import load_trained
     from moe_train.inference.sampler import generate
 
     with world_from_environment(config.parallel.timeout_s) as world:
         run_dir = Path(config.run.dir).expanduser()
+        world.leader_first(lambda: require_writer(run_dir))
         trained = load_trained(run_dir, config.checkpoint, config.parallel, world, config.inference)
         tokenizer = trained.tokenizer
         # A text without a beginning starts like a document: after a boundary.

@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_train.config.door import door
+from moe_train.config.label_rules import label_problems
 from moe_train.config.rules import data_problems
 from moe_train.config.schema import PrepareConfig
+from moe_train.config.task import LanguageTask
 from moe_train.data.manifest import PreparedCorpus
 from moe_train.data.pack import prepare
 from moe_train.data.progress import console_progress
@@ -17,8 +19,8 @@ from moe_train.errors import Problem
 
 
 def rules(config: PrepareConfig) -> list[Problem]:
-    """Return what is wrong between the fields of the configuration."""
-    return list(data_problems(config.data, config.tokenizer))
+    """Return what is wrong between the fields of the configuration; labelled texts are prepared by their training."""
+    return [*data_problems(config.data, config.tokenizer), *label_problems(config.data, LanguageTask())]
 
 
 @door("prepare", PrepareConfig, rules)

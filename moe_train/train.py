@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from moe_train.config.door import door
 from moe_train.config.rules import train_problems
 from moe_train.config.schema import TrainConfig
+from moe_train.observe.finished import is_passed_by
 
 if TYPE_CHECKING:
-    from moe_train.data.tokenizer import Tokenizer
-    from moe_train.models.transformer import Transformer
+    from moe_train.training.setup import Run
 
 PROMPT = "ROMEO:\n"
 """Start of the text sample at the end of a run."""
@@ -35,40 +35,44 @@ def prepare(mapping: dict[str, Any], explicit: frozenset[str]) -> dict[str, Any]
 
 @door("train", TrainConfig, train_problems, prepare)
 def main(config: TrainConfig) -> None:
-    """Train, evaluate on all held-out text, write a text sample and the report.
+    """Train, evaluate on all held-out text, write the report and, of a language model, a text sample.
 
     A run that was asked to stop by a signal saves and exits with 128 + the signal's number.
     """
+    if config.run.skip_finished and is_passed_by(config):
+        return
     # Imported here: a mistake in the configuration must be answered before torch is loaded.
     from moe_train.dist.world import world_from_environment
-    from moe_train.interop.start import load_first_weights
+    from moe_train.interop.beginning import begin
     from moe_train.training.loop import fit
     from moe_train.training.setup import build_run
     from moe_train.training.signals import stop_launcher
 
     with world_from_environment(config.parallel.timeout_s) as world:
-        run = build_run(config, world, load_first_weights)
+        run = build_run(config, world, begin)
         outcome = fit(run)
-        text = "" if outcome.signal else sample_text(config, run.corpus.tokenizer, run.engine.model)
+        text = "" if outcome.signal or not run.task.writes_text else sample_text(run)
+        told = run.task.closing(outcome.final) if outcome.final else []
         # The others wait: torchrun terminates every rank as soon as one ends with a status other than 0.
-        world.leader_first(lambda: finish(run.folder, outcome.step, outcome.final, text))
+        world.leader_first(lambda: finish(run.folder, outcome.step, text, told))
     if outcome.signal:
         if outcome.is_elsewhere:
             stop_launcher()
         sys.exit(128 + outcome.signal)
 
 
-def sample_text(config: TrainConfig, tokenizer: Tokenizer, model: Transformer) -> str:
+def sample_text(run: Run) -> str:
     """Return a continuation of the default prompt. Collective."""
     from moe_train.inference.sampler import generate
 
+    config, tokenizer = run.config, run.texts.tokenizer
     prompt = tokenizer.encode(PROMPT)
-    continuation = generate(model, prompt, config.sample, tokenizer.boundary_id, config.data.seq_len)
+    continuation = generate(run.engine.model, prompt, config.sample, tokenizer.boundary_id, config.data.seq_len)
     return PROMPT + tokenizer.decode(continuation)
 
 
-def finish(folder: Path, step: int, final: dict[str, float], text: str) -> None:
-    """Write the sample and the report, and tell where everything lies."""
+def finish(folder: Path, step: int, text: str, told: list[str]) -> None:
+    """Write the sample and the report, and tell the final figures and where everything lies."""
     from moe_train.observe.report import write_report
 
     if text:
@@ -77,18 +81,7 @@ def finish(folder: Path, step: int, final: dict[str, float], text: str) -> None:
         (samples / f"step_{step:08d}.txt").write_text(text)
     report = write_report(folder)
     lines = [f"\n--- sample ---\n{text}\n--------------"] if text else []
-    if final:
-        lines.append(
-            f"held-out loss {final['loss']:.4f} nats/token, perplexity {final['perplexity']:.1f}; "
-            f"{final['bits_per_byte']:.3f} bits/byte (unigram entropy of the same tokens: "
-            f"{final['unigram_bits_per_byte']:.3f})"
-        )
-    if "loss_looking_ahead" in final:
-        lines.append(
-            f"with choices that know later tokens, which no generation makes: {final['loss_looking_ahead']:.4f} "
-            f"nats/token, {final['bits_per_byte_looking_ahead']:.3f} bits/byte"
-        )
-    lines += [f"run:    {folder.resolve()}", f"report: {report.resolve()}"]
+    lines += [*told, f"run:    {folder.resolve()}", f"report: {report.resolve()}"]
     print("\n".join(lines))  # noqa: T201
 
 

@@ -46,11 +46,22 @@ def published(preset: str) -> Published | None:
     return Published(found["name"], found["source"], found["published"] or "-", found["exact"]) if found else None
 
 
+CLASSES, WORDS = 3, 8192
+"""What a classifier is counted with: the data says it in a run."""
+
+
 @functools.cache
 def counts_of(preset: str) -> Counts:
-    """Count a preset; where it names no vocabulary, with that of the default tokenizer."""
-    config = compose_config("train", TrainConfig, lambda config: [], [f"model={preset}"])
-    return count(config.model, config.tokenizer.vocab_size, config.data.seq_len)
+    """Count a preset; where it names no vocabulary, with that of the default tokenizer, or a classifier's."""
+    told = [f"model.classifier.num_classes={CLASSES}"] if is_classifier(preset) else []
+    config = compose_config("train", TrainConfig, lambda config: [], [f"model={preset}", *told])
+    vocab_size = WORDS if is_classifier(preset) else config.tokenizer.vocab_size
+    return count(config.model, vocab_size, config.data.seq_len)
+
+
+def is_classifier(preset: str) -> bool:
+    """Return whether a preset tells the class of a text."""
+    return preset.endswith("_classifier")
 
 
 def exact(counts: Counts) -> str:
@@ -62,16 +73,24 @@ def exact(counts: Counts) -> str:
 def line(preset: str) -> str:
     """Return a row of the table."""
     counts, about = counts_of(preset), published(preset)
-    what = (about.name, about.source, about.figures) if about else ("small, for a laptop", "-", "-")
+    small = "tells the class of a text" if is_classifier(preset) else "small, for a laptop"
+    what = (about.name, about.source, about.figures) if about else (small, "-", "-")
     total = f"{counts.main:,}" + (f" (+ {counts.mtp:,} MTP)" if counts.mtp else "")
     cells = (f"`{preset}`", *what, total, f"{counts.active:,}", f"{counts.active_without_embedding:,}")
     return f"| {' | '.join(cells)} |"
 
 
 def table() -> str:
-    """Return the whole table: the published models, then the small ones."""
-    presets = [preset for preset in options_of("model") if published(preset) or preset.endswith("_tiny")]
-    presets.sort(key=lambda preset: (published(preset) is None, re.sub(r"\d+", lambda m: m[0].zfill(4), preset)))
+    """Return the whole table: the published models, the small ones, the classifiers."""
+    shown = ("_tiny", "_classifier")
+    presets = [preset for preset in options_of("model") if published(preset) or preset.endswith(shown)]
+    presets.sort(
+        key=lambda preset: (
+            is_classifier(preset),
+            published(preset) is None,
+            re.sub(r"\d+", lambda m: m[0].zfill(4), preset),
+        )
+    )
     rule = "|---|---|---|---|" + "---:|" * 3
     return "\n".join([f"| {' | '.join(HEADINGS)} |", rule, *map(line, presets)])
 

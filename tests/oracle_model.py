@@ -9,6 +9,7 @@ import oracle_balance as balance
 import torch
 from oracle_attention import attention, linear
 from oracle_capacity import Placed, place_assignments
+from oracle_classifier import by_class, compacted, head, means, text_by_text
 from oracle_depth import deep_block, is_deep
 from oracle_graph import GraphLayer, graph
 from oracle_heads import switchhead
@@ -60,6 +61,24 @@ class Batch:
         groups = {"step": 0, "pass": number, "rank": part, "sequence": sequence}
         seed = derived(self.seed, depth)
         return Token(x_D, self.ids_BS[sequence, position + later].item(), sequence, position, length, groups, seed)
+
+
+@dataclass
+class Texts(Batch):
+    """Texts with a class each, and which places hold their tokens."""
+
+    valid_BS: Tensor
+
+    def is_valid(self, sequence: int, position: int) -> bool:
+        return bool(self.valid_BS[sequence, position])
+
+    def valid(self, later: int) -> Tensor:
+        return self.valid_BS
+
+    @property
+    def classes(self) -> dict[int, int]:
+        """By text, of those that have tokens."""
+        return {b: max(labels) for b, labels in enumerate(self.labels_BS.tolist()) if max(labels) != IGNORE}
 
 
 class Where(NamedTuple):
@@ -115,10 +134,13 @@ class HeadLayer(Layer):
 def attend(model, w: dict[str, Tensor], name: str, x_BSD: Tensor, batch: Batch, depth: int, later: int):
     """What attention of any kind makes of normed tokens, and what happened on its sides if it has experts."""
     own_w = own(w, name)
+    if not getattr(model.attention, "causal", True):
+        return text_by_text(model, own_w, depth, x_BSD, batch), {}
     if model.attention.kind != "switchhead":
         return attention(model, own_w, depth, x_BSD, batch.places), {}
     places = [(b, s) for b in range(x_BSD.shape[0]) for s in range(x_BSD.shape[1]) if batch.is_valid(b, s + later)]
-    y_BSD, sides = switchhead(model, own_w, x_BSD, [batch.token(x_BSD[b, s], b, s, depth, later) for b, s in places])
+    tokens, columns = [batch.token(x_BSD[b, s], b, s, depth, later) for b, s in places], [s for _, s in places]
+    y_BSD, sides = switchhead(model, own_w, x_BSD, tokens, columns, batch.places)
     layers = {}
     for side, (tokens, decisions) in sides.items():
         placed = Placed([[(e, None) for e in d.experts] for d in decisions])
@@ -237,18 +259,48 @@ def embedded(w: dict[str, Tensor], ids_BS: Tensor) -> Tensor:
     return x_BSD + torch.stack([w["positions_SD"][s] for s in range(ids_BS.shape[1])]) if "positions_SD" in w else x_BSD
 
 
-def forward(model, w: dict[str, Tensor], biases: dict[str, list[float]], batch: Batch):
-    """Logits of the whole batch, first the model's, then those of each module, which ends where the text does; and the
-    layers with experts by place."""
-    head = w.get("head.weight", w["embedding_VD"]).t()
-    head_bias = w.get("head.bias", 0.0)
+def trunk(model, w: dict[str, Tensor], biases: dict[str, list[float]], batch: Batch):
+    """The normed output of the last block, and the layers with experts by place."""
     found: dict[Where, Layer | GraphLayer] = {}
     x_BSD = embedded(w, batch.ids_BS)
     for depth in range(model.layers):
         x_BSD, layers = any_block(model, w, f"blocks.{depth}", biases, x_BSD, batch, depth)
         found |= layers
-    x_BSD = normed(model, w, "norm", x_BSD)
-    logits = [x_BSD @ head + head_bias]
+    return normed(model, w, "norm", x_BSD) if model.layers else x_BSD, found
+
+
+@dataclass
+class ClassLayer(Layer):
+    """A layer whose tokens' texts have classes."""
+
+    classes: dict[int, int]
+    num_classes: int
+
+    def figures(self, ffn) -> dict[str, object]:
+        shared = by_class(self.classes, self.num_classes, ffn.num_experts, self.tokens, self.decisions)
+        return super().figures(ffn) | shared
+
+
+def classify(model, w: dict[str, Tensor], biases: dict[str, list[float]], batch: Texts):
+    """The logits of each text in training, and the layers with experts by place."""
+    ids_BS, valid_BS = compacted(batch.ids_BS, batch.valid_BS, batch.seed, model.classifier.token_dropout)
+    batch = Texts(ids_BS, batch.labels_BS, batch.split, batch.seed, valid_BS)
+    x_BSD, found = trunk(model, w, biases, batch)
+    result = head(model, w, biases, means(x_BSD, batch), batch)
+    if result.tokens:
+        found |= {Where(model.layers, "head"): Layer("head", result.tokens, result.decisions, result.placed)}
+    told = batch.classes, model.classifier.num_classes
+    return result.logits, {
+        where: ClassLayer(**vars(layer), classes=told[0], num_classes=told[1]) for where, layer in found.items()
+    }
+
+
+def forward(model, w: dict[str, Tensor], biases: dict[str, list[float]], batch: Batch):
+    """Logits of the whole batch, first the model's, then those of each module, which ends where the text does; and the
+    layers with experts by place."""
+    to_tokens, head_bias = w.get("head.weight", w["embedding_VD"]).t(), w.get("head.bias", 0.0)
+    x_BSD, found = trunk(model, w, biases, batch)
+    logits = [x_BSD @ to_tokens + head_bias]
     for k in range(model.mtp.depth):
         later, depth = k + 1, model.layers + k
         module = own(w, f"mtp.{k}")
@@ -258,5 +310,5 @@ def forward(model, w: dict[str, Tensor], biases: dict[str, list[float]], batch: 
         x_BSD, layers = block(model, w, f"mtp.{k}.block", biases, x_BSD, batch, depth, later)
         found |= layers
         x_BSD = normed(model, module, "norm", x_BSD)
-        logits.append(x_BSD @ head + head_bias)
+        logits.append(x_BSD @ to_tokens + head_bias)
     return logits, found

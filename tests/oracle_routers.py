@@ -70,7 +70,11 @@ class Router:
         return token.x_D * torch.tensor(factors, dtype=token.x_D.dtype)
 
     def logits(self, token: Token) -> Tensor:
-        return self.weights["weight"] @ self.seen(token) + self.weights.get("logit_bias_E", 0.0)
+        x_D = self.seen(token)
+        if "hidden_ND" in self.weights:
+            x_D = self.weights["hidden_ND"] @ x_D + self.weights["hidden_bias_N"]
+            x_D = x_D * (x_D > 0)
+        return self.weights["weight"] @ x_D + self.weights.get("logit_bias_E", 0.0)
 
     def offered(self, token: Token, ranking: list[float]) -> list[float]:
         """The ranking without the experts that dropout hides."""

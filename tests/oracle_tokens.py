@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-JITTER, NOISE, SECOND_EXPERT, DISPATCH, EXPERT_DROPOUT, OVERFLOW, EXEMPTION = range(1, 8)
+JITTER, NOISE, SECOND_EXPERT, DISPATCH, EXPERT_DROPOUT, OVERFLOW, EXEMPTION, TOKEN_DROPOUT = range(1, 9)
 """Purposes of draws."""
 MASK = 2**64 - 1
 

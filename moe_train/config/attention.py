@@ -64,6 +64,8 @@ class GroupedQueryConfig(RotaryConfig):
 
     kind: Literal["gqa"] = "gqa"
     """Kind of attention."""
+    causal: bool = True
+    """Whether a token sees only itself and earlier ones; else all of its text, which only a classifier may."""
     kv_heads: PositiveInt | None = None
     """Key and value heads; divides model.heads. null: as many as model.heads (multi-head attention)."""
     head_dim: PositiveInt | None = None

@@ -38,6 +38,8 @@ from moe_train.config.validate import (
 from moe_train.errors import ConfigError, Problem
 
 Schema = TypeVar("Schema", bound=BaseModel)
+SENTENCES = frozenset({"text", "prompt"})
+"""Keys whose value is what a person writes."""
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)  # Hydra refuses GROUP=null with a ValueError
 
 
@@ -82,11 +84,23 @@ def with_force(argument: str) -> str:
 
     Hydra refuses keys that no YAML names, with a hint to add "+", which would hide typing errors.
     """
-    key, equals, _ = argument.partition("=")
+    key, equals, value = argument.partition("=")
     key = key.lstrip("+")
     if not equals or argument.startswith(("-", "~", "hydra")) or is_group(key.partition("@")[0]):
         return argument
-    return f"++{argument.lstrip('+')}"
+    return f"++{key}={quoted(value) if key in SENTENCES else value}"
+
+
+def quoted(sentence: str) -> str:
+    """Return what a user typed as one value in Hydra's grammar: commas, apostrophes and brackets belong to the text.
+
+    What is quoted already stays so, and so does null, the absence of a text.
+    """
+    if sentence == "null" or (len(sentence) > 1 and sentence[0] in "'\"" and sentence[-1] == sentence[0]):
+        return sentence
+    # A quote is escaped, and so are the backslashes before it, which would otherwise escape it; ${ begins no reference.
+    escaped = re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), sentence)
+    return '"' + re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", escaped) + '"'
 
 
 def compose_config(

@@ -8,8 +8,9 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import hydra
@@ -42,7 +43,11 @@ LEADER_SPEAKS_S = 5.0
 
 
 def door(
-    name: str, schema: type[Schema], rules: Rules[Schema] = lambda config: [], prepare: Prepare = as_composed
+    name: str,
+    schema: type[Schema],
+    rules: Rules[Schema] = lambda config: [],
+    prepare: Prepare = as_composed,
+    shorthands: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Callable[[Schema], None]], Callable[[], None]]:
     """Make a function of a validated configuration into a command.
 
@@ -51,6 +56,8 @@ def door(
         schema: the model that the composed configuration must fit.
         rules: what must hold across fields; returns every problem.
         prepare: completes the composed mapping before it is validated.
+        shorthands: keys that stand for others on the command line. Hydra takes a key for a group wherever a folder of
+            that name exists, also for a command that does not know the group.
 
     Returns:
         A decorator. The command prints all mistakes of a user at once, without a traceback, and exits with status 2.
@@ -59,7 +66,7 @@ def door(
     def decorate(main: Callable[[Schema], None]) -> Callable[[], None]:
         @functools.wraps(main)
         def command() -> None:
-            arguments = sys.argv[1:]
+            arguments = [written_out(argument, shorthands) for argument in sys.argv[1:]]
             register(name, schema)
             sys.argv = [sys.argv[0], *hydra_arguments(arguments, completion(name, schema, arguments))]
             guarded(lambda: check(name, schema, rules, prepare, arguments))
@@ -70,6 +77,13 @@ def door(
         return command
 
     return decorate
+
+
+def written_out(argument: str, shorthands: Mapping[str, str]) -> str:
+    """Return an override with the key that its own key stands for."""
+    key, equals, value = argument.partition("=")
+    plain = key.lstrip("+")
+    return f"{shorthands[plain]}={value}" if equals and plain in shorthands else argument
 
 
 def completion(name: str, schema: type[BaseModel], arguments: list[str]) -> list[str]:

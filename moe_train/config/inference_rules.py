@@ -19,7 +19,9 @@ def inference_problems(inference: InferenceConfig, model: ModelConfig) -> Iterat
     if inference.offload is None:
         return
     remedy = "leave inference.offload out"
-    if model.ffn.num_experts == 0:
+    if model.classifier is not None:
+        yield Problem("inference.offload", None, "is for models that write text, and this one tells classes", remedy)
+    elif model.ffn.num_experts == 0:
         rule = "leaves the experts of feed-forward layers on disk, and this model has none"
         yield Problem("inference.offload", None, rule, remedy)
     elif model.ffn.graph is not None:

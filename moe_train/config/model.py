@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from moe_train.config.attention import AttentionConfig, GroupedQueryConfig
 from moe_train.config.balance import BalanceConfig
 from moe_train.config.base import Strict
+from moe_train.config.classifier import HeadConfig
 from moe_train.config.depth import DepthConfig, FullDepthConfig
 from moe_train.config.graph import GraphConfig
 from moe_train.config.routing import CapacityConfig, DroplessConfig, RouterConfig, TopKRouterConfig
@@ -87,12 +88,12 @@ class UpcycleConfig(Strict):
 
 
 class ModelConfig(Strict):
-    """One decoder-only transformer."""
+    """One transformer."""
 
     dim: PositiveInt = 256
     """Width of the residual stream."""
-    layers: PositiveInt = 4
-    """Blocks."""
+    layers: NonNegativeInt = 4
+    """Blocks; none only where a classifier's head has experts."""
     heads: PositiveInt = 8
     """Query heads."""
     vocab_size: PositiveInt | None = None
@@ -121,6 +122,8 @@ class ModelConfig(Strict):
     """Attention."""
     ffn: FFNConfig = FFNConfig()
     """Feed-forward layers and experts."""
+    classifier: Annotated[HeadConfig | None, Field(discriminator="kind")] = None
+    """Tells the class of a text; null: a language model."""
     depth: DepthConfig = FullDepthConfig()
     """Which tokens pass which blocks."""
     mtp: MTPConfig = MTPConfig()

@@ -41,6 +41,9 @@ class TopKSoftmaxRouterConfig(LearnedRouterConfig):
     """Kind of router."""
     bias: bool = False
     """Whether a learned bias is added to the logits; it changes choice and weights (gpt-oss)."""
+    gate_dim: PositiveInt | None = None
+    """Hidden width of a router of two linear maps with ReLU between, both with a bias; null: one linear map. (Source:
+    NoorMajdoub/Mixture-of-experts_MoE.)"""
 
 
 class SigmoidRouterConfig(LearnedRouterConfig):

@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable, Iterator
 
 from moe_train.config.attention_rules import attention_problems, has_head_experts, head_layout_problems
+from moe_train.config.classifier_rules import classifier_problems, has_expert_head, task_problems
 from moe_train.config.deepspeed_rules import deepspeed_problems
 from moe_train.config.depth_rules import depth_problems
 from moe_train.config.exchange_rules import exchange_problems
 from moe_train.config.graph_rules import graph_problems
+from moe_train.config.label_rules import label_problems
 from moe_train.config.model import ModelConfig
 from moe_train.config.placement_rules import placement_problems
 from moe_train.config.remat_rules import remat_problems
@@ -38,7 +40,9 @@ def data_problems(data: DataConfig, tokenizer: TokenizerConfig) -> Iterator[Prob
 
 def model_problems(model: ModelConfig) -> Iterator[Problem]:
     """Yield what is wrong between the fields of model."""
-    yield from attention_problems(model)
+    yield from classifier_problems(model)
+    if model.layers:
+        yield from attention_problems(model)
     if model.head_bias and model.tie_embeddings:
         yield Problem("model.head_bias", True, "needs a head of its own", "set model.tie_embeddings=false")
     if model.adopt and model.init_from is None:
@@ -55,7 +59,7 @@ def expert_problems(model: ModelConfig) -> Iterator[Problem]:
         if ffn.graph is not None:
             yield Problem("model.ffn.graph", "set", "couples experts, and there are none", "set model.ffn.num_experts")
         return
-    if model.layers // ffn.every * ffn.every <= ffn.first_dense:
+    if model.layers // ffn.every * ffn.every <= ffn.first_dense and not has_expert_head(model):
         key = "first_dense" if ffn.first_dense else "every"
         yield Problem(
             f"model.ffn.{key}",
@@ -180,6 +184,8 @@ def train_problems(config: TrainConfig) -> list[Problem]:
     checks: list[Callable[[], Iterator[Problem]]] = [
         lambda: run_problems(config.run.name),
         lambda: data_problems(config.data, config.tokenizer),
+        lambda: label_problems(config.data, config.task),
+        lambda: task_problems(config),
         lambda: model_problems(config.model),
         lambda: batch_problems(config, world_size),
         lambda: layout_problems(config.parallel.ep, config.model.ffn.num_experts, world_size, config.model),

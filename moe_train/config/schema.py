@@ -6,13 +6,14 @@ own: `config.model`, `config.attention` and `config.routing`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from moe_train.config.base import Fraction, Strict
 from moe_train.config.inference import InferenceConfig
 from moe_train.config.model import ModelConfig
+from moe_train.config.task import LanguageTask, TaskConfig
 
 
 class RunConfig(Strict):
@@ -24,6 +25,9 @@ class RunConfig(Strict):
     """Run folder: configuration, metrics, checkpoints and report of the run."""
     seed: NonNegativeInt = 0
     """Seed of initial values and data order."""
+    skip_finished: bool = False
+    """Whether a run that has its final evaluation is passed by instead of being evaluated again: a sweep that was
+    interrupted goes on where it stopped."""
 
 
 class TrainSection(Strict):
@@ -47,20 +51,28 @@ class TrainSection(Strict):
     """Gradients are scaled so that their global L2 norm is at most this; null: no clipping."""
 
 
+SourceName: TypeAlias = Literal[
+    "shakespeare", "wikipedia", "imdb", "text", "huggingface", "mix", "tokens", "vader", "rotten_tomatoes"
+]
+
+
 class SourceConfig(Strict):
     """Where documents come from."""
 
-    source: Literal["shakespeare", "wikipedia", "imdb", "text", "huggingface", "mix", "tokens"] = "shakespeare"
-    """Name of the source."""
+    source: SourceName = "shakespeare"
+    """Name of the source; vader and rotten_tomatoes are for task=sentiment, shakespeare, wikipedia, mix and tokens for
+    language models, the others for both."""
     path: str | None = None
-    """text: file, folder or glob of .txt and .jsonl; huggingface: data set name, or a folder, file or glob of parquet,
-    jsonl or csv; tokens: folder, or glob of folders, that moe_train.prepare wrote."""
+    """text: file, folder or glob of .txt and .jsonl, with labels of .csv and .jsonl; huggingface: data set name, or a
+    folder, file or glob of parquet, jsonl or csv; tokens: folder, or glob of folders, that moe_train.prepare wrote."""
     name: str | None = None
     """huggingface: configuration name of the data set."""
     split: str = "train"
     """huggingface: split to read."""
     text_field: str = "text"
-    """Field of a .jsonl line or data set row that holds the text."""
+    """Field of a .jsonl line, .csv line or data set row that holds the text."""
+    label_field: str = "label"
+    """task=sentiment: field that holds the class, as a word or a number."""
 
 
 class MixPart(SourceConfig):
@@ -76,9 +88,11 @@ class DataConfig(SourceConfig):
     parts: dict[str, MixPart] = Field(default={})
     """mix: the components by domain label."""
     seq_len: PositiveInt = 256
-    """Positions per sequence, in tokens."""
+    """Positions per sequence, in tokens; task=sentiment: a longer text keeps its first tokens."""
     heldout_fraction: Fraction = 0.05
-    """Share of the documents kept out of training, for evaluation."""
+    """Share of the documents kept out of training, for evaluation; of labelled texts, of each class."""
+    split_seed: NonNegativeInt = 0
+    """task=sentiment: which texts are held out."""
     cache_dir: str = "~/.cache/moe_train"
     """Folder of tokenizers and packed token files, keyed by their content."""
     shard_bytes: PositiveInt = 8 * 1024 * 1024
@@ -214,6 +228,8 @@ class TrainConfig(Strict):
 
     run: RunConfig = RunConfig()
     """Identity of the run."""
+    task: TaskConfig = LanguageTask()
+    """What is learnt."""
     train: TrainSection = TrainSection()
     """Length, batch and number format."""
     data: DataConfig = DataConfig()
@@ -248,6 +264,8 @@ class EvaluateConfig(Strict):
 
     run: RunReference
     """The run to evaluate."""
+    text: str | None = None
+    """A run of task=sentiment: the text to classify, instead of the held-out ones."""
     eval: EvalConfig = EvalConfig(batches=None)
     """How much of the held-out split; null: all of it."""
     parallel: LayoutConfig = LayoutConfig()
@@ -297,11 +315,20 @@ class ExportConfig(Strict):
     """latest, or the path of a checkpoint."""
 
 
-class ReportConfig(Strict):
-    """Configuration of ``moe_train.report``."""
+class StudyReference(Strict):
+    """The runs of a study of scaling."""
 
-    run: RunReference
+    dir: str
+    """Folder whose folders are the runs, or the points.csv of a report on them."""
+
+
+class ReportConfig(Strict):
+    """Configuration of ``moe_train.report``: of a run, or of a study; exactly one of them."""
+
+    run: RunReference | None = None
     """The run to draw."""
+    study: StudyReference | None = None
+    """The study to fit a law of scaling to; ``study=DIR`` means ``study.dir=DIR``."""
 
 
 class PrepareConfig(Strict):

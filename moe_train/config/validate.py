@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias, TypeVar, get_args
+from types import NoneType
+from typing import Any, TypeAlias, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -99,25 +100,49 @@ def without_leftovers(
     """
     cleaned = dict(mapping)
     for name, field in schema.model_fields.items():
-        value = cleaned.get(name)
-        if not isinstance(value, dict):
-            continue
-        path = f"{prefix}{name}"
-        variants = variants_of(field)
-        chosen = variants.get(value.get("kind", "")) if variants else model_of(field)
-        if chosen is None:
-            continue
-        foreign = {key for variant in variants.values() for key in variant.model_fields} - set(chosen.model_fields)
-        kept = {k: v for k, v in value.items() if k not in foreign or f"{path}.{k}" in explicit}
-        cleaned[name] = without_leftovers(kept, chosen, explicit, f"{path}.")
+        value, path = cleaned.get(name), f"{prefix}{name}"
+        kinds = entry_variants(field)
+        if kinds and isinstance(value, dict):
+            cleaned[name] = {k: of_its_kind(v, kinds, None, explicit, f"{path}.{k}") for k, v in value.items()}
+        elif isinstance(value, dict):
+            cleaned[name] = of_its_kind(value, variants_of(field), model_of(field), explicit, path)
     return cleaned
 
 
+def of_its_kind(
+    value: Any,
+    variants: Mapping[str, type[BaseModel]],
+    model: type[BaseModel] | None,
+    explicit: frozenset[str],
+    path: str,
+) -> Any:
+    """Return a section at ``path`` by the rule of `without_leftovers`; what is none stays as it is."""
+    if not isinstance(value, dict):
+        return value
+    chosen = variants.get(str(value.get("kind"))) if variants else model
+    if chosen is None:
+        return value
+    foreign = {key for variant in variants.values() for key in variant.model_fields} - set(chosen.model_fields)
+    kept = {k: v for k, v in value.items() if k not in foreign or f"{path}.{k}" in explicit}
+    return without_leftovers(kept, chosen, explicit, f"{path}.")
+
+
+def entry_variants(field: FieldInfo) -> dict[str, type[BaseModel]]:
+    """Return the models by ``kind`` of the entries of a mapping (``dict[str, Union]``); empty for any other field."""
+    return variants_of(FieldInfo.from_annotation(get_args(field.annotation)[1])) if is_mapping(field) else {}
+
+
+def is_mapping(field: FieldInfo) -> bool:
+    """Whether a field is a mapping whose user gives the keys."""
+    return get_origin(field.annotation) is dict
+
+
 def variants_of(field: FieldInfo) -> dict[str, type[BaseModel]]:
-    """Return the models of a union by their ``kind``; empty when the field is no such union."""
+    """Return the models of a union by their ``kind``; empty when the field is no such union. It may be null."""
     if field.discriminator is None:
         return {}
-    return {get_args(m.model_fields["kind"].annotation)[0]: m for m in get_args(field.annotation)}
+    models = [m for m in get_args(field.annotation) if m is not NoneType]
+    return {get_args(m.model_fields["kind"].annotation)[0]: m for m in models}
 
 
 def model_of(field: FieldInfo) -> type[BaseModel] | None:
@@ -156,6 +181,8 @@ def to_problem(detail: ErrorDetails, key: str) -> Problem:
     value = detail["input"]
     if detail["type"] == "missing":
         return Problem(key, None, "is required", f"set {key}=...")
+    if detail["type"] == "union_tag_not_found":
+        return Problem(f"{key}.kind", None, "is required", f"set {key}.kind=...")
     if detail["type"] in ("literal_error", "union_tag_invalid"):
         allowed = str(context.get("expected") or context.get("expected_tags"))
         if detail["type"] == "union_tag_invalid":
@@ -181,7 +208,9 @@ def locate(loc: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[str, ty
         field = section.model_fields.get(part)
         if field is None:
             continue  # an unknown key, or the label of a dictionary's entry
-        variants = variants_of(field)
+        variants = variants_of(field) or entry_variants(field)
+        if rest and entry_variants(field):
+            parts.append(str(rest.pop(0)))  # the label of the entry
         section = variants[str(rest.pop(0))] if variants and rest else model_of(field) or section
     return ".".join(parts), section
 
@@ -189,7 +218,7 @@ def locate(loc: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[str, ty
 def other_kinds(section: type[BaseModel], schema: type[BaseModel]) -> set[str]:
     """Return the fields that the other kinds of the union have to which ``section`` belongs; empty if to none."""
     for field in schema.model_fields.values():
-        variants = list(variants_of(field).values())
+        variants = list((variants_of(field) or entry_variants(field)).values())
         if section in variants:
             return {name for variant in variants for name in variant.model_fields}
         inner = model_of(field)
@@ -202,10 +231,12 @@ def other_kinds(section: type[BaseModel], schema: type[BaseModel]) -> set[str]:
 def key_paths(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Yield every dotted key of a schema, unions with the keys of all their kinds."""
     for name, field in schema.model_fields.items():
-        variants = variants_of(field)
+        entries = entry_variants(field)
+        variants = entries or variants_of(field)
         sections = list(variants.values()) if variants else [m for m in [model_of(field)] if m]
         path = f"{prefix}{key_of(name, field)}"
         yield path
+        path += ".NAME" if entries else ""
         for section in sections:
             yield from key_paths(section, f"{path}.")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 import torch
@@ -23,61 +25,45 @@ class Batch:
 
     Attributes:
         tokens_BS: int64, the inputs.
-        labels_BS: int64, the token after each input; IGNORE at padding.
+        labels_BS: int64, what is learnt at each position: the token after it, or at the last token of a labelled text
+            the number of its class; IGNORE elsewhere and at padding.
         first_sequence: place of its first sequence in the global batch of the step; the others follow.
+        valid_BS: bool, which positions hold tokens; None: those with a label.
     """
 
     tokens_BS: Tensor
     labels_BS: Tensor
     first_sequence: int
+    valid_BS: Tensor | None = None
 
 
-class TrainLoader:
+class StepLoader(ABC):
     """Endless stream of optimizer steps; epochs follow each other without a gap, each in an order of its own.
 
-    Sample i covers the tokens [i·S, i·S + S] of the split. The global sample with number n is sample
-    ``permute(n mod N, N, seed, n div N)``; one step takes the next ``global_batch`` of them: micro-batch m, rank r,
-    row j has number ``m·(ranks·B) + r·B + j`` in the step. The next step is read in a thread while this one is used.
+    The global sample with number n is sample ``permute(n mod N, N, seed, n div N)``; one step takes the next
+    ``global_batch`` of them: micro-batch m, rank r, row j has number ``m·(ranks·B) + r·B + j`` in the step. The next
+    step is read in a thread while this one is used. What a sample is, the subclass says.
     """
 
     def __init__(
-        self,
-        store: TokenStore,
-        seq_len: int,
-        global_batch: int,
-        micro_batch: int,
-        rank: int,
-        world_size: int,
-        seed: int,
+        self, num_samples: int, global_batch: int, micro_batch: int, rank: int, world_size: int, seed: int
     ) -> None:
         """Start at the first sample.
 
         Args:
-            store: the training split.
-            seq_len: S, positions per sequence.
+            num_samples: N.
             global_batch: sequences per optimizer step over all ranks.
             micro_batch: B, sequences per rank and micro-batch.
             rank: this rank.
             world_size: number of ranks.
             seed: of the order.
-
-        Raises:
-            DataError: the split is shorter than one global batch.
         """
         assert global_batch % (micro_batch * world_size) == 0, "micro_batch x ranks must divide the global batch"
-        needed_tokens = global_batch * seq_len + 1
-        if store.num_tokens < needed_tokens:
-            rule = f"the training split has {store.num_tokens} tokens, one global batch needs {needed_tokens}"
-            remedy = "give more text, or lower train.global_batch or data.seq_len"
-            raise DataError(Problem("data", None, rule, remedy))
-        self.store = store
-        self.seq_len = seq_len
+        self.num_samples = num_samples
         self.global_batch = global_batch
         self.seed = seed
-        self.num_samples = (store.num_tokens - 1) // seq_len
         micro_batches = global_batch // (micro_batch * world_size)
-        places = np.arange(global_batch).reshape(micro_batches, world_size, micro_batch)
-        self._own_MB = places[:, rank]
+        self._own_MB = np.arange(global_batch).reshape(micro_batches, world_size, micro_batch)[:, rank]
         self._samples = 0
         self._pending: Future[list[Batch]] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
@@ -90,7 +76,7 @@ class TrainLoader:
         """Return this rank's micro-batches of the next optimizer step.
 
         Raises:
-            DataError: a token file has vanished or shrunk.
+            DataError: a file of tokens has vanished or shrunk.
         """
         pending = self._pending or self._thread.submit(self._read_step, self._samples)
         batches = pending.result()
@@ -122,7 +108,7 @@ class TrainLoader:
         """End the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def __enter__(self) -> TrainLoader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -130,17 +116,69 @@ class TrainLoader:
     ) -> None:
         self.close()
 
+    @abstractmethod
+    def _order(self) -> dict[str, int]:
+        """Return what the order of the samples depends on."""
+
+    @abstractmethod
+    def _read_batches(self, samples_N: np.ndarray, own_MB: np.ndarray) -> list[Batch]:
+        """Return this rank's micro-batches of a step.
+
+        Args:
+            samples_N: int64, the samples of the step over all ranks, in their order.
+            own_MB: int64, places of this rank's samples among them, a row per micro-batch.
+        """
+
+    def _read_step(self, first: int) -> list[Batch]:
+        numbers_N = first + np.arange(self.global_batch)
+        samples_N = np.empty_like(numbers_N)
+        for epoch in np.unique(numbers_N // self.num_samples):
+            here = numbers_N // self.num_samples == epoch
+            samples_N[here] = permute(numbers_N[here] % self.num_samples, self.num_samples, self.seed, int(epoch))
+        return self._read_batches(samples_N, self._own_MB)
+
+
+class TrainLoader(StepLoader):
+    """Steps over a long sequence of tokens: sample i covers the tokens [i·S, i·S + S] of the split."""
+
+    def __init__(
+        self,
+        store: TokenStore,
+        seq_len: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ) -> None:
+        """Start at the first sample.
+
+        Args:
+            store: the training split.
+            seq_len: S, positions per sequence.
+            global_batch: sequences per optimizer step over all ranks.
+            micro_batch: B, sequences per rank and micro-batch.
+            rank: this rank.
+            world_size: number of ranks.
+            seed: of the order.
+
+        Raises:
+            DataError: the split is shorter than one global batch.
+        """
+        needed_tokens = global_batch * seq_len + 1
+        if store.num_tokens < needed_tokens:
+            rule = f"the training split has {store.num_tokens} tokens, one global batch needs {needed_tokens}"
+            remedy = "give more text, or lower train.global_batch or data.seq_len"
+            raise DataError(Problem("data", None, rule, remedy))
+        self.store = store
+        self.seq_len = seq_len
+        super().__init__((store.num_tokens - 1) // seq_len, global_batch, micro_batch, rank, world_size, seed)
+
     def _order(self) -> dict[str, int]:
         return {"seed": self.seed, "seq_len": self.seq_len, "num_tokens": self.store.num_tokens}
 
-    def _read_step(self, first: int) -> list[Batch]:
-        numbers_MB = first + self._own_MB
-        samples_MB = np.empty_like(numbers_MB)
-        for epoch in np.unique(numbers_MB // self.num_samples):
-            here = numbers_MB // self.num_samples == epoch
-            samples_MB[here] = permute(numbers_MB[here] % self.num_samples, self.num_samples, self.seed, int(epoch))
-        firsts = self._own_MB[:, 0].tolist()
-        return [self._read_batch(samples_B, first) for samples_B, first in zip(samples_MB, firsts, strict=True)]
+    def _read_batches(self, samples_N: np.ndarray, own_MB: np.ndarray) -> list[Batch]:
+        return [self._read_batch(samples_N[places_B], int(places_B[0])) for places_B in own_MB]
 
     def _read_batch(self, samples_B: np.ndarray, first_sequence: int) -> Batch:
         windows = [self.store.window(int(sample) * self.seq_len, self.seq_len + 1) for sample in samples_B]

@@ -1,10 +1,10 @@
-"""The manifest of a folder of tokens: written last, it makes the folder complete."""
+"""The manifest of a prepared folder: written last, it makes the folder complete."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -32,13 +32,11 @@ class Totals(BaseModel):
     """Documents."""
 
 
-class Manifest(BaseModel):
-    """What a folder of tokens holds."""
+class FolderManifest(BaseModel):
+    """What every complete folder says of itself; a subclass adds ``format_version`` and what the folder holds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    format_version: Literal[1] = FORMAT_VERSION
-    """Version of the files."""
     fingerprint: str
     """64 hex digits; equal when texts, split and tokenizer are."""
     tokenizer_fingerprint: str
@@ -47,21 +45,13 @@ class Manifest(BaseModel):
     """Name of the token that ends a document."""
     vocab_size: int
     """One more than the largest token id."""
-    domains: tuple[str, ...]
-    """Labels; the index of a shard holds positions in this list."""
-    splits: dict[Split, Totals]
-    """Size of each split."""
-    unigrams: dict[Split, str]
-    """File with how often each token occurs in each split: int64 [V], .npy."""
-    shards: tuple[dict[Split, Totals], ...]
-    """Size of each shard's part of each split, in the order of the shards."""
 
     def write(self, folder: Path) -> None:
         """Write the manifest into the folder it describes."""
         write_atomically(folder / MANIFEST_NAME, self.model_dump_json(indent=2).encode())
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path) -> Self:
         """Read the manifest of a folder.
 
         Raises:
@@ -75,8 +65,37 @@ class Manifest(BaseModel):
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
             first = error.errors()[0]
-            rule = f"is not a manifest of format {FORMAT_VERSION}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            version = cls.model_fields["format_version"].default
+            rule = f"is not a manifest of format {version}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise DataError(Problem(str(path), None, rule, f"delete {folder} and {remedy}")) from error
+
+    def tokenizer(self, folder: Path) -> Tokenizer:
+        """Return the tokenizer that made the tokens of the folder.
+
+        Raises:
+            DataError: the file beside the tokens is missing or another one.
+        """
+        path = folder / TOKENIZER_NAME
+        tokenizer = Tokenizer.load(path, self.boundary_token)
+        if tokenizer.fingerprint != self.tokenizer_fingerprint:
+            rule = "is not the tokenizer that made the tokens beside it"
+            raise DataError(Problem(str(path), None, rule, f"delete {folder} and prepare the corpus again"))
+        return tokenizer
+
+
+class Manifest(FolderManifest):
+    """What a folder of tokens holds."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    """Version of the files."""
+    domains: tuple[str, ...]
+    """Labels; the index of a shard holds positions in this list."""
+    splits: dict[Split, Totals]
+    """Size of each split."""
+    unigrams: dict[Split, str]
+    """File with how often each token occurs in each split: int64 [V], .npy."""
+    shards: tuple[dict[Split, Totals], ...]
+    """Size of each shard's part of each split, in the order of the shards."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +125,4 @@ class PreparedCorpus:
         Raises:
             DataError: the file beside the tokens is missing or another one.
         """
-        path = self.folder / TOKENIZER_NAME
-        tokenizer = Tokenizer.load(path, self.manifest.boundary_token)
-        if tokenizer.fingerprint != self.manifest.tokenizer_fingerprint:
-            rule = "is not the tokenizer that made the tokens beside it"
-            raise DataError(Problem(str(path), None, rule, f"delete {self.folder} and prepare the corpus again"))
-        return tokenizer
+        return self.manifest.tokenizer(self.folder)

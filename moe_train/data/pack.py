@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -39,22 +40,41 @@ def prepare(
     """
     source = open_source(data)
     recipe = write_recipe(data, tokenizer, source)
-    key = sha256(recipe).hexdigest()[:16]
     cache = Path(data.cache_dir).expanduser()
-    folder = output or cache / "corpora" / key
+    folder = output or cache / "corpora" / key_of(recipe)
+    make_once(folder, cache, recipe, lambda: Encoder(data, tokenizer, source, folder, progress).run())
+    return PreparedCorpus.open(folder)
+
+
+def make_once(folder: Path, cache: Path, recipe: bytes, make: Callable[[], None]) -> None:
+    """Have a folder made, unless it is complete; of several processes one works, and the others wait for it.
+
+    Args:
+        folder: where to.
+        cache: holds the locks, and the tokenizers that several folders share.
+        recipe: all that the folder depends on.
+        make: writes what is missing in it, the manifest last.
+
+    Raises:
+        DataError: a folder that holds something else or cannot be written; what ``make`` raises.
+    """
     if is_complete(folder, recipe):
-        return PreparedCorpus.open(folder)
+        return
     try:
         for needed in (folder, cache / "tokenizers", cache / "locks"):
             needed.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         remedy = "set data.cache_dir and output to folders that you may write"
         raise DataError(Problem(str(error.filename), None, f"cannot be made: {error.strerror}", remedy)) from error
-    with exclusive(cache / "locks" / f"{key}.lock"):
+    with exclusive(cache / "locks" / f"{key_of(recipe)}.lock"):
         if not is_complete(folder, recipe):
             claim(folder, recipe)
-            Encoder(data, tokenizer, source, folder, progress).run()
-    return PreparedCorpus.open(folder)
+            make()
+
+
+def key_of(recipe: bytes) -> str:
+    """Return the name of a recipe's folder in the cache, 16 hex digits."""
+    return sha256(recipe).hexdigest()[:16]
 
 
 def write_recipe(data: DataConfig, tokenizer: TokenizerConfig, source: Source) -> bytes:

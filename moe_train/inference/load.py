@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 
 from moe_train.checkpoint.reader import Checkpoint, open_at
+from moe_train.checkpoint.runs import read_config
 from moe_train.config.inference import InferenceConfig
 from moe_train.config.inference_rules import inference_problems
 from moe_train.config.rules import embedding_rows, layout_problems
 from moe_train.config.schema import LayoutConfig, TrainConfig
-from moe_train.config.validate import validate
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World
-from moe_train.errors import ConfigError, DataError, Problem
+from moe_train.errors import ConfigError
 from moe_train.inference.offload.install import Offloaded, leave_on_disk
 from moe_train.models.exchange import model_exchange
 from moe_train.models.transformer import Transformer, build_model
@@ -52,18 +51,6 @@ class Trained:
         line = self.offloaded.line()
         if world.is_leader:
             sys.stderr.write(f"{line}\n")
-
-
-def read_config(run_dir: Path) -> TrainConfig:
-    """Return the configuration of a run.
-
-    Raises:
-        DataError: the folder holds no run.
-    """
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise DataError(Problem("run.dir", run_dir, "holds no config.yaml", "name the folder of a run: runs/NAME"))
-    return validate(yaml.safe_load(path.read_text()), TrainConfig, lambda config: [])
 
 
 def load_trained(

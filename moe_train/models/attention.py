@@ -12,7 +12,7 @@ from moe_train.config.model import ModelConfig
 from moe_train.models.memory import Memory
 from moe_train.moe.modules import Linear, RMSNorm
 from moe_train.moe.roles import Kind, Role
-from moe_train.ops.attention import causal_attention
+from moe_train.ops.attention import causal_attention, whole_attention
 from moe_train.ops.rotary import Rotary, rotate, score_magnitude
 
 LATENT_EPS = 1e-6
@@ -22,10 +22,13 @@ LATENT_EPS = 1e-6
 class Attention(Protocol):
     """What a block asks of its attention."""
 
-    def __call__(self, x_BSD: Tensor, rotary: Rotary | None, memory: Memory | None = None) -> Tensor:
+    def __call__(
+        self, x_BSD: Tensor, rotary: Rotary | None, memory: Memory | None = None, valid_BS: Tensor | None = None
+    ) -> Tensor:
         """Apply to [B, S, D]; the table is of S positions and of width `rotary_width`, None turns nothing.
 
-        What the memory keeps of earlier tokens is seen, too; these tokens are added to it.
+        What the memory keeps of earlier tokens is seen, too; these tokens are added to it. Where a token sees its whole
+        text, the places [B, S] that are not valid are seen by none; causal attention meets no padding, which is last.
         """
 
 
@@ -66,12 +69,12 @@ def rotary_width(config: ModelConfig) -> int:
 
 
 class GroupedQueryAttention(nn.Module):
-    """Causal grouped-query attention (GQA, arXiv 2305.13245).
+    """Grouped-query attention (GQA, arXiv 2305.13245), causal or of the whole text.
 
     Args:
         config: the model.
         attention: its attention.
-        window: positions that a token sees; None: all earlier ones.
+        window: positions that a token sees; None: all earlier ones, or all.
         out_std: standard deviation of the initial values of the output projection.
     """
 
@@ -83,6 +86,7 @@ class GroupedQueryAttention(nn.Module):
         self.kv_heads = attention.kv_heads or config.heads
         self.width = head_width(config, attention)
         self.window = window
+        self.causal = attention.causal
         self.compute = attention.compute
         rows = (self.heads + 2 * self.kv_heads) * self.width
         self.qkv = Linear(config.dim, rows, config.init_std, attention.qkv_bias)
@@ -91,7 +95,9 @@ class GroupedQueryAttention(nn.Module):
         self.roles = {"sinks_H": Role(Kind.DENSE, config.init_std)}
         self.register_parameter("sinks_H", nn.Parameter(torch.empty(self.heads)) if attention.sinks else None)
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary | None, memory: Memory | None = None) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, rotary: Rotary | None, memory: Memory | None = None, valid_BS: Tensor | None = None
+    ) -> Tensor:
         """Apply to [B, S, D], with the rotary table of these positions."""
         widths = [self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.width]
         q_BSN, k_BSN, v_BSN = torch.split(self.qkv(x_BSD), widths, dim=-1)
@@ -99,9 +105,13 @@ class GroupedQueryAttention(nn.Module):
         k_BGSW, v_BGSW = rotate(self.to_heads(normed(k_BSN, self.k_norm)), rotary), self.to_heads(v_BSN)
         if memory is not None:
             k_BGSW, v_BGSW = memory.extend(k_BGSW, v_BGSW, window=self.window)
-        y_BHSW = causal_attention(
-            q_BHSW, k_BGSW, v_BGSW, window=self.window, sinks_H=self.sinks_H, compute=self.compute
-        )
+        if self.causal:
+            y_BHSW = causal_attention(
+                q_BHSW, k_BGSW, v_BGSW, window=self.window, sinks_H=self.sinks_H, compute=self.compute
+            )
+        else:
+            assert memory is None, "a token that sees later ones cannot be computed before them"
+            y_BHSW = whole_attention(q_BHSW, k_BGSW, v_BGSW, valid_BS, compute=self.compute)
         out_BSD: Tensor = self.out(y_BHSW.transpose(1, 2).flatten(2))
         return out_BSD
 
@@ -165,7 +175,9 @@ class LatentAttention(nn.Module):
         self.kv_up = Linear(attention.kv_rank, self.heads * (attention.nope_dim + attention.v_dim), std)
         self.out = Linear(self.heads * attention.v_dim, config.dim, out_std)
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary | None, memory: Memory | None = None) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, rotary: Rotary | None, memory: Memory | None = None, valid_BS: Tensor | None = None
+    ) -> Tensor:
         """Apply to [B, S, D], with the rotary table of these positions."""
         q_BHSW = self.queries(x_BSD, rotary)
         latent_BSN, key_BSW = self.compressed(x_BSD, rotary)

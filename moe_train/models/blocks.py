@@ -113,11 +113,13 @@ class Block(TransformerBlock):
         if isinstance(self.attention, SwitchHead):
             attended: Attended = self.attention(self.attention_norm(x_BSD), rotary, context, memory)
             return BlockOutput(attended.y_BSD, attended.records)
-        return BlockOutput(self.attend(x_BSD, rotary, memory))
+        return BlockOutput(self.attend(x_BSD, rotary, memory, context.valid_BS))
 
-    def attend(self, x_BSD: Tensor, rotary: Rotary | None, memory: Memory | None = None) -> Tensor:
+    def attend(
+        self, x_BSD: Tensor, rotary: Rotary | None, memory: Memory | None = None, valid_BS: Tensor | None = None
+    ) -> Tensor:
         """Return what attention without experts adds to [B, S, D]. Its shapes are those of the batch."""
-        added_BSD: Tensor = self.attention(self.attention_norm(x_BSD), rotary, memory)
+        added_BSD: Tensor = self.attention(self.attention_norm(x_BSD), rotary, memory, valid_BS)
         return added_BSD
 
     def feed(self, x_BSD: Tensor) -> Tensor:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
+from moe_train.config.classifier import ExpertHeadConfig
 from moe_train.config.model import ModelConfig
 from moe_train.models.sizes import (
+    Size,
     block_products,
     block_size,
+    matrix,
     mtp_size,
     norm_size,
+    router_size,
     score_flops,
+    times,
     tokens_taken,
     total,
+    vector,
 )
 
 
@@ -21,7 +28,8 @@ class Counts:
     """The size of a model.
 
     A floating-point operation is half a multiply-add; norms, activations and softmaxes are left out. A token sees half
-    of its sequence on average, or what its window holds.
+    of its sequence on average, or what its window holds; all of it where attention is not causal. A classifier's head
+    works once per sequence, and its output is no embedding.
 
     Attributes:
         total: parameters that are stored and trained: each expert once, multi-token prediction included.
@@ -65,15 +73,18 @@ def count(config: ModelConfig, vocab_size: int, seq_len: int) -> Counts:
     rows = config.vocab_size or vocab_size
     embedding, positions = rows * config.dim, (config.max_positions or 0) * config.dim
     head_bias = rows if config.head_bias else 0
-    blocks = total(block_size(config, layer) for layer in range(config.layers)) + norm_size(config)
-    modules, depth = mtp_size(config), config.mtp.depth
+    blocks = total(block_size(config, layer) for layer in range(config.layers))
+    blocks += norm_size(config) if config.layers else Size()
+    modules, depth, head = mtp_size(config), config.mtp.depth, head_size(config)
     matrices = positions + head_bias + (embedding if config.tie_embeddings else 2 * embedding)
+    output = 0 if config.classifier else embedding + head_bias
+    per_token = head.multiplied / seq_len if config.classifier else embedding
     return Counts(
-        total=blocks.stored + matrices + modules.stored,
+        total=blocks.stored + matrices + modules.stored + head.stored,
         mtp=modules.stored,
-        active=blocks.used + matrices,
-        active_without_embedding=blocks.used + embedding + head_bias,
-        forward_flops_per_token=flops(config, range(config.layers), embedding, seq_len),
+        active=blocks.used + matrices + head.used,
+        active_without_embedding=blocks.used + output + head.used,
+        forward_flops_per_token=flops(config, range(config.layers), per_token, seq_len),
         mtp_flops_per_token=flops(
             config,
             range(config.layers, config.layers + depth),
@@ -83,13 +94,28 @@ def count(config: ModelConfig, vocab_size: int, seq_len: int) -> Counts:
     )
 
 
-def flops(config: ModelConfig, layers: range, more: int, seq_len: int) -> float:
+def head_size(config: ModelConfig) -> Size:
+    """Return the size of a classifier's head, which each text passes once; nothing for a language model."""
+    head, ffn = config.classifier, config.ffn
+    if head is None:
+        return Size()
+    assert head.num_classes, "the size of a head depends on the number of classes"
+    if not isinstance(head, ExpertHeadConfig):
+        return matrix(head.num_classes, config.dim) + vector(head.num_classes)
+    dims = (config.dim, *head.hidden_dims, head.num_classes)
+    expert = total(matrix(there, here) + vector(there) for here, there in pairwise(dims))
+    used = times(ffn.top_k, expert)
+    return router_size(config.dim, ffn) + Size(ffn.num_experts * expert.stored, used.used, used.multiplied)
+
+
+def flops(config: ModelConfig, layers: range, more: float, seq_len: int) -> float:
     """Return the operations per token of some layers and of what belongs to them.
 
     Args:
         config: the model.
         layers: their numbers.
-        more: entries of further matrices, which every token is multiplied with: output heads, say.
+        more: entries of further matrices, which every token is multiplied with: output heads, say. Those of which only
+            some are in use on average may be a fraction.
         seq_len: positions per sequence.
     """
     products = sum(block_products(config, layer, seq_len) for layer in layers)

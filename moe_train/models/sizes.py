@@ -126,6 +126,8 @@ def router_size(dim: int, ffn: FFNConfig) -> Size:
             return matrix(2 * choices, dim)
         case HierarchicalRouterConfig(groups=groups):
             return matrix(choices + groups, dim)
+        case TopKSoftmaxRouterConfig(gate_dim=int(hidden)):
+            return matrix(hidden, dim) + vector(hidden) + matrix(choices, hidden) + vector(choices)
         case TopKSoftmaxRouterConfig(bias=True):
             return matrix(choices, dim) + vector(choices)
         case _:
@@ -283,5 +285,7 @@ def score_flops(config: ModelConfig, layer: int, seq_len: int) -> int:
     else:
         widths, window = 2 * head_width(config, attention), window_of(attention, layer)
     graph = config.ffn.graph
+    sees_all = isinstance(attention, GroupedQueryConfig) and not attention.causal
+    seen = seq_len**2 if sees_all else seen_positions(seq_len, window)
     blocks = config.ffn.num_experts if graph and graph.expert == "block" and is_moe_layer(config.ffn, layer) else 1
-    return blocks * 2 * config.heads * widths * seen_positions(seq_len, window)
+    return blocks * 2 * config.heads * widths * seen

@@ -1,9 +1,9 @@
-"""The decoder-only transformer of every family."""
+"""The transformer of every family, as a language model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from moe_train.models.build import build_block
 from moe_train.models.memory import TextMemory
 from moe_train.moe.context import RoutingContext, ahead
 from moe_train.moe.exchange import Exchange
+from moe_train.moe.layer import MoELayer
 from moe_train.moe.modules import Linear, build_norm
 from moe_train.moe.record import ExpertLayer, LayerKey, LayerRecord
 from moe_train.moe.roles import Kind, Role
@@ -25,32 +26,58 @@ from moe_train.ops.rotary import Rotary, rotary_table
 
 
 @dataclass(frozen=True)
-class ModelOutput:
-    """What the model returns.
+class Answer:
+    """What every model returns.
+
+    Attributes:
+        records: the sums of each layer with experts, in order of `Transformer.expert_layers`; empty for a dense model.
+    """
+
+    records: tuple[LayerRecord, ...] = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class ModelOutput(Answer):
+    """What a language model returns.
 
     Attributes:
         logits_BSV: [B, S, V] scores of the next token, in the dtype of the activations.
-        records: the sums of each layer with experts, in order of `Transformer.expert_layers`; empty for a dense model.
         mtp_logits: per module of multi-token prediction [B, S, V]: module k (from 0) scores at position i the token
             i + k + 2. Only in training; the last k + 1 positions mean nothing.
     """
 
     logits_BSV: Tensor
-    records: tuple[LayerRecord, ...]
     mtp_logits: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
-class ModelLosses:
-    """What the model returns to whoever gives it the targets.
+class ModelLosses(Answer):
+    """What a model returns to whoever gives it the targets.
 
     Attributes:
         loss_sums: summed cross-entropy in nats, scalars of at least fp32: the model's, then that of each module of
             multi-token prediction; empty if no targets were given.
-        records: as in `ModelOutput`.
     """
 
     loss_sums: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What the blocks made of tokens, and the tokens.
+
+    Attributes:
+        x_BSD: [B, S, D] normed output of the last block.
+        tokens_BS: [B, S] int64, the tokens that passed.
+        context: of them.
+        rotary: table of their positions; None: these enter elsewhere.
+        records: of the blocks' layers with experts.
+    """
+
+    x_BSD: Tensor
+    tokens_BS: Tensor
+    context: RoutingContext
+    rotary: Rotary | None
     records: tuple[LayerRecord, ...]
 
 
@@ -68,6 +95,7 @@ class Transformer(nn.Module):
     """
 
     positions_SD: nn.Parameter | None
+    head: Linear | MoELayer | None
 
     def __init__(self, config: ModelConfig, vocab_size: int, exchange: Exchange, dtype: torch.dtype) -> None:
         super().__init__()
@@ -79,7 +107,8 @@ class Transformer(nn.Module):
         self.register_parameter("positions_SD", learned)
         self.roles = {name: Role(Kind.DENSE, config.init_std) for name in ("embedding_VD", "positions_SD")}
         self.blocks = nn.ModuleList(build_block(config, layer, exchange) for layer in range(config.layers))
-        self.norm = build_norm(config.norm, config.dim, config.norm_eps)
+        # Without blocks the sizes of the words' vectors are learnt, and say how much a word counts.
+        self.norm = build_norm(config.norm, config.dim, config.norm_eps) if config.layers else nn.Identity()
         tied = config.tie_embeddings
         self.head = None if tied else Linear(config.dim, vocab_size, config.init_std, config.head_bias)
         self.mtp = nn.ModuleList(
@@ -100,7 +129,13 @@ class Transformer(nn.Module):
     def expert_layers(self) -> dict[LayerKey, ExpertLayer]:
         """All that leaves a record, in the order of `ModelOutput.records`."""
         blocks = enumerate(self.all_blocks)
-        return {LayerKey(depth, part): layer for depth, block in blocks for part, layer in block.expert_layers.items()}
+        own = {LayerKey(depth, part): layer for depth, block in blocks for part, layer in block.expert_layers.items()}
+        return own | self.outer_layers
+
+    @property
+    def outer_layers(self) -> dict[LayerKey, ExpertLayer]:
+        """Those that are in no block: the head of some classifiers."""
+        return {}
 
     def forward(
         self,
@@ -108,7 +143,7 @@ class Transformer(nn.Module):
         context: RoutingContext | None = None,
         targets: Sequence[Tensor] | None = None,
         memory: TextMemory | None = None,
-    ) -> ModelOutput | ModelLosses:
+    ) -> Answer:
         """Score the next token at each position.
 
         Args:
@@ -119,7 +154,7 @@ class Transformer(nn.Module):
             memory: of the text so far, which these tokens continue and are added to; in evaluation. None: they begin
                 a text.
         """
-        context = context or RoutingContext.of(tokens_BS)
+        tokens_BS, context = self.seen(tokens_BS, context or RoutingContext.of(tokens_BS))
         first = 0 if memory is None else memory.length
         rotary = self.rotations(tokens_BS, first)
         x_BSD = self.embed(tokens_BS, first)
@@ -131,15 +166,22 @@ class Transformer(nn.Module):
             records += output.records
         if memory is not None:
             memory.length += tokens_BS.shape[1]
-        x_BSD = self.norm(x_BSD)
-        outputs = self.look_ahead(x_BSD, tokens_BS, rotary, context) if self.training else []
-        found = (*records, *(record for output in outputs for record in output.records))
-        hidden = [x_BSD, *(output.x_BSD for output in outputs)]
+        return self.answer(Passed(self.norm(x_BSD), tokens_BS, context, rotary, tuple(records)), targets)
+
+    def seen(self, tokens_BS: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingContext]:
+        """Return the tokens [B, S] that pass the blocks, and their context: all."""
+        return tokens_BS, context
+
+    def answer(self, passed: Passed, targets: Sequence[Tensor] | None) -> Answer:
+        """Return logits or losses of what passed the blocks: `ModelOutput` or `ModelLosses`, as `forward` says."""
+        outputs = self.look_ahead(passed) if self.training else []
+        found = (*passed.records, *(record for output in outputs for record in output.records))
+        hidden = [passed.x_BSD, *(output.x_BSD for output in outputs)]
         if targets is not None:
             assert len(targets) in (0, len(hidden)), "targets are for the model and for each module that looks ahead"
-            return ModelLosses(tuple(map(self.loss_sum, hidden, targets)) if targets else (), found)
+            return ModelLosses(tuple(map(self.loss_sum, hidden, targets)) if targets else (), records=found)
         logits_BSV, *ahead_BSV = map(self.score, hidden)
-        return ModelOutput(logits_BSV, found, tuple(ahead_BSV))
+        return ModelOutput(logits_BSV, tuple(ahead_BSV), records=found)
 
     def embed(self, tokens_BS: Tensor, first: int = 0) -> Tensor:
         """Return the tokens' vectors [B, S, D]; learned positions, from ``first`` on, are added."""
@@ -149,8 +191,8 @@ class Transformer(nn.Module):
         return x_BSD.to(self.dtype)
 
     def rotations(self, tokens_BS: Tensor, first: int = 0) -> Rotary | None:
-        """Return the table of rotary positions from ``first`` on; None where positions are learned."""
-        if self.positions_SD is not None:
+        """Return the table of rotary positions from ``first`` on; None where positions are learned or nobody asks."""
+        if self.positions_SD is not None or not self.blocks:
             return None
         precise = torch.promote_types(self.dtype, torch.float32)
         width = rotary_width(self.config)
@@ -169,20 +211,20 @@ class Transformer(nn.Module):
         x_TD, labels_T = x_BSD.flatten(0, 1), labels_BS.flatten()
         if self.loss_chunk is None and torch.finfo(self.dtype).bits >= 32:
             return cross_entropy_sum(self.score(x_TD), labels_T)
+        assert not isinstance(self.head, MoELayer), "experts score texts, not tokens"
         # In bf16 also where it is one chunk: logits are read and written less often than with fp32 copies.
         weight_VD = self.embedding_VD if self.head is None else self.head.weight
         bias_V = None if self.head is None else self.head.bias
         return linear_cross_entropy_sum(x_TD, weight_VD, bias_V, labels_T, self.loss_chunk)
 
-    def look_ahead(
-        self, x_BSD: Tensor, tokens_BS: Tensor, rotary: Rotary | None, context: RoutingContext
-    ) -> list[BlockOutput]:
-        """Run the modules of multi-token prediction one after the other, from the model's normed output [B, S, D]."""
+    def look_ahead(self, passed: Passed) -> list[BlockOutput]:
+        """Run the modules of multi-token prediction one after the other, from the model's normed output."""
         outputs: list[BlockOutput] = []
         for k, module in enumerate(self.mtp):
-            embedded_BSD = self.embed(ahead(tokens_BS, k + 1))
-            place = context.ahead(k + 1).at_layer(self.config.layers + k)
-            outputs.append(module(outputs[-1].x_BSD if outputs else x_BSD, embedded_BSD, rotary, place))
+            embedded_BSD = self.embed(ahead(passed.tokens_BS, k + 1))
+            place = passed.context.ahead(k + 1).at_layer(self.config.layers + k)
+            before_BSD = outputs[-1].x_BSD if outputs else passed.x_BSD
+            outputs.append(module(before_BSD, embedded_BSD, passed.rotary, place))
         return outputs
 
 
@@ -212,4 +254,13 @@ def build_model(
     """Return a model on a device, without values, holding the experts that the exchange keeps here."""
     formats = PRECISIONS[precision]
     with device:
-        return Transformer(config, vocab_size, exchange, formats.activations).to(formats.weights)
+        return kind_of(config)(config, vocab_size, exchange, formats.activations).to(formats.weights)
+
+
+def kind_of(config: ModelConfig) -> type[Transformer]:
+    """Return the class of a model: a language model, or what tells the class of a text."""
+    if config.classifier is None:
+        return Transformer
+    from moe_train.models.classifier import TextClassifier  # which is made of the class above
+
+    return TextClassifier

@@ -14,7 +14,7 @@ E   experts of a layer, over all ranks
 L   experts that this rank holds
 K   choices (experts) per token
 A   assignments: pairs of a token and an expert that takes it
-C   capacity: assignments that an expert takes
+C   capacity: assignments that an expert takes; of a classifier: classes
 R   rows that arrived on this rank
 N   rows sent, or rows in general
 M   destinations per token, or rows of one expert: some number that only its function knows

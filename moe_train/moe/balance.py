@@ -18,8 +18,10 @@ from moe_train.config.routing import GroupLimitedRouterConfig
 from moe_train.moe.capacity import Plan
 from moe_train.moe.context import RoutingContext
 from moe_train.moe.losses import BalanceLoss, EntropyLoss, RoutedTokens, ShareLoss, VariationLoss, ZLoss
+from moe_train.moe.queues import count
 from moe_train.moe.record import LayerRecord
 from moe_train.moe.routing import Routing
+from moe_train.moe.specialisation import load_balance_variance, specialisation, utilisation
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,8 @@ class RoutingRecord(LayerRecord):
         )
         if routing.last_BE is not None:
             return TakingRecord.extended(record, routing.last_BE)
+        if context.classes_B is not None and balance.heads is None and not balance.num_noops:
+            return ClassRecord.extended(record, tokens)
         return NoopRecord(**vars(record), idle_Z=idle_Z) if balance.num_noops else record
 
     @property
@@ -214,6 +218,50 @@ class NoopRecord(RoutingRecord):
         """Return what is written down: shares are of all E + Z; ``noop_share``: the choices that compute nothing."""
         choices = self.choices_E.sum().clamp(min=1)
         return super().figures() | {"noop_share": (self.idle_Z.sum() / choices).item()}
+
+
+@dataclass(frozen=True)
+class ClassRecord(RoutingRecord):
+    """The same of a layer whose tokens' sequences have classes.
+
+    Attributes:
+        by_class_CE: [C, E] int64, tokens by the class of their text and by the expert that is their first choice;
+            those of texts without a class are left out.
+        gate_sum_E: [E] fp64, over all valid tokens the sum of each expert's weight, which is zero where it is not
+            chosen; before any assignment is dropped.
+    """
+
+    by_class_CE: Tensor
+    gate_sum_E: Tensor
+
+    @staticmethod
+    def extended(record: RoutingRecord, tokens: RoutedTokens) -> ClassRecord:
+        """Return the record with the sums by class."""
+        routing, context = tokens.routing, tokens.context
+        num_experts, num_cells = len(record.counts_E), context.num_classes * len(record.counts_E)
+        classes_T = context.classes_T
+        counted_T = tokens.chosen_TK[:, 0] & (classes_T >= 0)
+        cells_T = torch.where(counted_T, classes_T * num_experts + routing.experts_TK[:, 0], num_cells)
+        weights_TK = torch.where(tokens.chosen_TK, routing.weights_TK.detach(), 0.0).to(torch.float64)
+        gate_sum_E = weights_TK.new_zeros(num_experts)
+        return ClassRecord(
+            **vars(record),
+            by_class_CE=count(cells_T, num_cells).view(context.num_classes, num_experts),
+            gate_sum_E=gate_sum_E.scatter_add(0, routing.experts_TK.flatten(), weights_TK.flatten()),
+        )
+
+    def figures(self) -> dict[str, object]:
+        """Return what is written down: beside the above, how the experts share the classes (`moe.specialisation`).
+
+        ``by_class``: the counts, a row per class. ``utilisation``: share of the first choices per expert.
+        ``specialisation``: SI, null where it is undefined. ``load_balance_variance``: of the experts' mean weights.
+        """
+        return super().figures() | {
+            "by_class": self.by_class_CE.to(torch.int64).tolist(),
+            "utilisation": utilisation(self.by_class_CE).tolist(),
+            "specialisation": specialisation(self.by_class_CE),
+            "load_balance_variance": load_balance_variance(self.gate_sum_E / self.tokens.clamp(min=1)),
+        }
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     EXPERT_DROPOUT = 5
     OVERFLOW = 6
     EXEMPTION = 7
+    TOKEN_DROPOUT = 8
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class RoutingContext:
         peers: the ranks that hold the rest of the batch.
         positions_BS: [B, S] int64, position of each token in its sequence, rising; None: 0 to S - 1.
         span: positions of a whole sequence, where some are missing here; None: S.
+        classes_B: [B] int64, class of each sequence, negative where it has none; with them layers record which experts
+            take which class. None: sequences have no classes.
+        num_classes: number of classes; 0 without them.
     """
 
     ids_BS: Tensor
@@ -47,6 +51,8 @@ class RoutingContext:
     peers: Peers = field(default_factory=Alone)
     positions_BS: Tensor | None = None
     span: int | None = None
+    classes_B: Tensor | None = None
+    num_classes: int = 0
 
     @staticmethod
     def of(ids_BS: Tensor, valid_BS: Tensor | None = None) -> RoutingContext:
@@ -84,6 +90,11 @@ class RoutingContext:
             span=self.span or self.length,
         )
 
+    def texts(self) -> RoutingContext:
+        """Return the context of the sequences themselves, each as one token: valid where it has a valid token."""
+        valid_B1 = None if self.valid_BS is None else self.valid_BS.any(dim=1, keepdim=True)
+        return replace(self, ids_BS=self.ids_BS[:, :1], valid_BS=valid_B1, positions_BS=None, span=None)
+
     @property
     def length(self) -> int:
         """Positions S of a sequence."""
@@ -100,6 +111,12 @@ class RoutingContext:
         if self.valid_BS is None:
             return torch.ones(self.num_tokens, dtype=torch.bool, device=self.ids_BS.device)
         return self.valid_BS.flatten()
+
+    @property
+    def classes_T(self) -> Tensor:
+        """[T] int64, class of each token's sequence; negative for padding, and where the sequence has none."""
+        assert self.classes_B is not None, "these sequences have no classes"
+        return self.classes_B.repeat_interleave(self.length).masked_fill(~self.valid_T, -1)
 
     @property
     def places_T(self) -> Tensor:

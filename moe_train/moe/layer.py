@@ -11,6 +11,7 @@ from moe_train.moe.context import RoutingContext
 from moe_train.moe.exchange import Exchange
 from moe_train.moe.experts import Experts
 from moe_train.moe.head_experts import HeadExperts
+from moe_train.moe.mlp_experts import MLPExperts
 from moe_train.moe.placement import Placement
 from moe_train.moe.record import LayerOutput
 from moe_train.moe.routers import Router
@@ -33,7 +34,7 @@ class MoELayer(nn.Module):
         router: Router,
         capacity: Capacity,
         exchange: Exchange,
-        experts: Experts | HeadExperts,
+        experts: Experts | HeadExperts | MLPExperts,
         balance: Balance,
         shared: nn.Module | None,
     ) -> None:

@@ -25,6 +25,8 @@ COUPLED = "similarity"
 """The figure that every layer of experts coupled by a graph has, and no other."""
 DEEP = "chosen_share"
 """The figure that every block has which only some tokens pass, and nothing else."""
+HEAD = "head"
+"""The part that a classifier's head with experts is; it stands with the feed-forward layers."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,13 @@ def moe_layers(keys: Iterable[str], figure: str) -> list[str]:
 
 
 def feed_forward(layers: Iterable[str]) -> list[str]:
-    """Return the names of those layers that are the feed-forward part of their block."""
-    return [layer for layer in layers if part_of(layer) == ""]
+    """Return the names of those layers that are the feed-forward part of their block, or the head of a classifier."""
+    return [layer for layer in layers if part_of(layer) in ("", HEAD)]
 
 
 def attending(layers: Iterable[str]) -> list[str]:
     """Return the names of those layers that are another part: with a router, the values or the outputs of attention."""
-    return [layer for layer in layers if part_of(layer) != ""]
+    return [layer for layer in layers if part_of(layer) not in ("", HEAD)]
 
 
 def part_of(layer: str) -> str:
@@ -117,11 +119,13 @@ def part_of(layer: str) -> str:
 
 
 def layer_title(layer: str) -> str:
-    """Return the name of a layer as readers see it: ``layer 3``, ``layer 3, values``."""
+    """Return the name of a layer as readers see it: ``layer 3``, ``layer 3, values``, ``head``."""
     named = LAYER_NAME.fullmatch(layer)
     if named is None:
         return layer.replace("_", " ")
     part = named["part"] or ""
+    if part == HEAD:
+        return HEAD
     return f"layer {int(named['depth'])}" + (f", {part.replace('_', ' ')}" if part else "")
 
 

@@ -1,4 +1,4 @@
-"""Causal attention: shared key heads, windows, sinks."""
+"""Causal attention: shared key heads, windows, sinks. And attention of a whole text to itself."""
 
 from __future__ import annotations
 
@@ -158,6 +158,69 @@ def window_mask(length: int, window: int, device: torch.device, earlier: int = 0
     positions_J = torch.arange(earlier + length, device=device)
     distance_SJ = positions_J[earlier:].unsqueeze(1) - positions_J
     return (distance_SJ >= 0) & (distance_SJ < window)
+
+
+def whole_attention(
+    q_BHSW: Tensor,
+    k_BGSW: Tensor,
+    v_BGSU: Tensor,
+    valid_BS: Tensor | None = None,
+    scale: float | None = None,
+    compute: Compute = "auto",
+) -> Tensor:
+    """Attend to all positions of a text: earlier, this and later ones.
+
+    Args:
+        q_BHSW: [B, H, S, W] queries.
+        k_BGSW: [B, G, S, W] keys; each of the G heads serves H / G consecutive query heads.
+        v_BGSU: [B, G, S, U] values.
+        valid_BS: [B, S] bool, False for padding, which nobody sees; None: there is none.
+        scale: multiplies the scores; None: 1 / sqrt(W).
+        compute: fused: torch's scaled_dot_product_attention; products: two products around a softmax whose result is
+            kept for the backward pass; auto: the faster one, by the rule of `causal_attention`.
+
+    Returns:
+        [B, H, S, U]. What stands at padding is finite, and means nothing.
+    """
+    scale = q_BHSW.shape[-1] ** -0.5 if scale is None else scale
+    shared = q_BHSW.shape[1] // k_BGSW.shape[1]
+    if shared > 1:
+        k_BGSW, v_BGSU = (t.repeat_interleave(shared, dim=1) for t in (k_BGSW, v_BGSU))
+    seen_B11J = None if valid_BS is None else seen_keys(valid_BS)[:, None, None]
+    if compute == "products" or (compute == "auto" and gains_by_products(q_BHSW, q_BHSW.shape[2], None)):
+        scores_BHSJ = (q_BHSW * scale) @ k_BGSW.transpose(2, 3)
+        if seen_B11J is not None:
+            scores_BHSJ = scores_BHSJ.masked_fill(~seen_B11J, float("-inf"))
+        return scores_BHSJ.softmax(dim=-1) @ v_BGSU
+    return F.scaled_dot_product_attention(q_BHSW, k_BGSW, v_BGSU, attn_mask=seen_B11J, scale=scale)
+
+
+def seen_keys(valid_BS: Tensor) -> Tensor:
+    """Return [B, S] bool: valid positions; all of a row that has none, as a softmax over nothing is undefined."""
+    return valid_BS | ~valid_BS.any(dim=1, keepdim=True)
+
+
+def whole_attention_reference(
+    q_BHSW: Tensor,
+    k_BGSW: Tensor,
+    v_BGSU: Tensor,
+    valid_BS: Tensor | None = None,
+    scale: float | None = None,
+    compute: Compute = "auto",
+) -> Tensor:
+    """Do the same with a plain softmax over the valid keys of one text, one head and one query at a time.
+
+    At padding there are zeros.
+    """
+    shared, scale = q_BHSW.shape[1] // k_BGSW.shape[1], q_BHSW.shape[-1] ** -0.5 if scale is None else scale
+    valid_BS = torch.ones_like(q_BHSW[:, 0, :, 0], dtype=torch.bool) if valid_BS is None else valid_BS
+    y_BHSU = v_BGSU.new_zeros(*q_BHSW.shape[:3], v_BGSU.shape[3])
+    for text, valid_S in enumerate(valid_BS):
+        for head in range(q_BHSW.shape[1]):
+            k_MW, v_MU = k_BGSW[text, head // shared, valid_S], v_BGSU[text, head // shared, valid_S]
+            for i in valid_S.nonzero().flatten().tolist():
+                y_BHSU[text, head, i] = (k_MW @ q_BHSW[text, head, i] * scale).softmax(dim=0) @ v_MU
+    return y_BHSU
 
 
 def causal_attention_reference(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_train.config.attention import SwitchHeadConfig
+from moe_train.config.classifier import ExpertHeadConfig
 from moe_train.config.model import ModelConfig
 from moe_train.dist.mesh import Layout
 from moe_train.models.build import is_moe_layer
-from moe_train.models.counts import count
+from moe_train.models.counts import count, head_size
 from moe_train.models.sizes import (
     attention_size,
     block_size,
@@ -16,6 +17,7 @@ from moe_train.models.sizes import (
     matrix,
     network_size,
     norm_size,
+    router_size,
     times,
 )
 from moe_train.models.transformer import PRECISIONS
@@ -82,7 +84,15 @@ def memory_per_rank(config: ModelConfig, vocab_size: int, layout: Layout, precis
 def values_of_model(config: ModelConfig, vocab_size: int) -> Values:
     """Return the weights of the whole model."""
     experts = sum(values_of_block(config, layer).experts for layer in range(config.layers + config.mtp.depth))
+    experts += values_of_head(config).experts
     return Values(count(config, vocab_size, seq_len=1).total - experts, experts)
+
+
+def values_of_head(config: ModelConfig) -> Values:
+    """Return the weights of a classifier's head."""
+    stored = head_size(config).stored
+    dense = router_size(config.dim, config.ffn).stored if isinstance(config.classifier, ExpertHeadConfig) else stored
+    return Values(dense, stored - dense)
 
 
 def values_of_block(config: ModelConfig, layer: int) -> Values:
@@ -104,8 +114,9 @@ def largest_gathered(config: ModelConfig, vocab_size: int, layout: Layout, preci
     casts_experts = config.ffn.graph is None and overlap == 1
     expert_bytes = (formats.activations if casts_experts else formats.weights).itemsize
     dense_bytes = formats.weights.itemsize
-    around = count(config, vocab_size, seq_len=1).total
-    largest = 0
+    head = values_of_head(config).experts
+    around = count(config, vocab_size, seq_len=1).total - head
+    largest = head // layout.ep * expert_bytes
     for layer in range(config.layers + config.mtp.depth):
         block = values_of_block(config, layer)
         dense = block.dense + (values_around_block(config) if layer >= config.layers else 0)

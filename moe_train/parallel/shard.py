@@ -29,6 +29,7 @@ from moe_train.models.blocks import CoupledBlocks, TransformerBlock
 from moe_train.models.transformer import Transformer
 from moe_train.moe.graph.layer import GraphLayer
 from moe_train.moe.layer import MoELayer
+from moe_train.moe.record import ExpertLayer
 from moe_train.moe.roles import Kind, roles_of
 from moe_train.parallel.gradients import squared_norm
 
@@ -51,6 +52,8 @@ def shard(model: Transformer, mesh: Mesh, gather_dtype: torch.dtype | None = Non
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     for block in model.all_blocks:
         shard_block(block, sharding.dense, sharding.experts, gather_dtype, place)
+    for layer in model.outer_layers.values():
+        shard_layer(layer, sharding.dense, sharding.experts, gather_dtype, place)
     for module in model.mtp:
         fully_shard(module, mesh=sharding.dense, offload_policy=place)
     # What the model holds itself is wanted at both ends of a pass: it stays from the forward pass to the backward pass.
@@ -90,23 +93,34 @@ def shard_block(
 ) -> None:
     """Shard the experts of a block, then what is around them."""
     for layer in block.expert_layers.values():
-        if isinstance(layer, MoELayer):
-            # Each pass uses these once, cast: gathering them cast changes no value, and halves what travels.
-            policy = MixedPrecisionPolicy(gather_dtype, reduce_dtype_of(layer.experts), cast_forward_inputs=False)
-            fully_shard(
-                layer.experts,
-                mesh=experts,
-                mp_policy=policy if gather_dtype else MixedPrecisionPolicy(),
-                shard_placement_fn=placement_over(experts.size(1)),
-                offload_policy=place,
-            )
-        elif isinstance(layer, GraphLayer):
-            placement = placement_over(experts.size(1))
-            fully_shard(layer.experts, mesh=experts, shard_placement_fn=placement, offload_policy=place)
-            fully_shard(layer, mesh=dense, offload_policy=place)
-            register_fsdp_forward_method(layer, "figures")  # which reads weights between the passes
+        shard_layer(layer, dense, experts, gather_dtype, place)
     if not isinstance(block, CoupledBlocks):  # which has nothing but its layer
         fully_shard(block, mesh=dense, offload_policy=place)
+
+
+def shard_layer(
+    layer: ExpertLayer,
+    dense: DeviceMesh,
+    experts: DeviceMesh,
+    gather_dtype: torch.dtype | None,
+    place: OffloadPolicy,
+) -> None:
+    """Shard the experts of a layer; of one that a graph couples also what couples them."""
+    if isinstance(layer, MoELayer):
+        # Each pass uses these once, cast: gathering them cast changes no value, and halves what travels.
+        policy = MixedPrecisionPolicy(gather_dtype, reduce_dtype_of(layer.experts), cast_forward_inputs=False)
+        fully_shard(
+            layer.experts,
+            mesh=experts,
+            mp_policy=policy if gather_dtype else MixedPrecisionPolicy(),
+            shard_placement_fn=placement_over(experts.size(1)),
+            offload_policy=place,
+        )
+    elif isinstance(layer, GraphLayer):
+        placement = placement_over(experts.size(1))
+        fully_shard(layer.experts, mesh=experts, shard_placement_fn=placement, offload_policy=place)
+        fully_shard(layer, mesh=dense, offload_policy=place)
+        register_fsdp_forward_method(layer, "figures")  # which reads weights between the passes
 
 
 def reduce_dtype_of(module: nn.Module) -> torch.dtype:

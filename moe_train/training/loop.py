@@ -7,6 +7,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -20,14 +21,14 @@ from moe_train.observe.records import parse_record
 from moe_train.observe.sinks import RunContext, SinkGroup, open_sinks
 from moe_train.observe.sinks.jsonl import FILE_NAME
 from moe_train.ops.loss import IGNORE
-from moe_train.training.evaluate import evaluate
 from moe_train.training.placement import placement_event
 from moe_train.training.saving import save, save_or_report
 from moe_train.training.schedule import due, settings_at
 from moe_train.training.setup import Run, micro_batch
 from moe_train.training.signals import StopRequest
 from moe_train.training.speed import memory_gib, model_flops_utilisation
-from moe_train.training.step import StepResult, train_step
+from moe_train.training.step import StepResult, train_step, valid_of
+from moe_train.training.tasks.base import Figures
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Outcome:
     step: int
     signal: int | None
     is_elsewhere: bool
-    final: dict[str, float]
+    final: Figures
 
 
 @dataclass
@@ -57,6 +58,15 @@ class Window:
     data_wait_s: float = 0.0
 
 
+class StepSize(NamedTuple):
+    """What a step takes, over all ranks and micro-batches."""
+
+    targets: int
+    """Labels."""
+    tokens: int
+    """Tokens, padding excluded."""
+
+
 def fit(run: Run) -> Outcome:
     """Train from the run's start step to its last, or until a signal. Collective."""
     config = run.config
@@ -66,15 +76,15 @@ def fit(run: Run) -> Outcome:
         window = Window()
         step, signal = run.start_step, None
         while step < config.train.steps and signal is None:
-            batches, tokens, signal = next_batches(run, stop, window)
-            settings = settings_at(step, config, run.corpus.tokenizer.boundary_id)
-            result = train_step(run.engine, run.mesh, batches, tokens, settings)
+            batches, size, signal = next_batches(run, stop, window)
+            settings = settings_at(step, config, run.texts.tokenizer.boundary_id)
+            result = train_step(run.engine, run.mesh, batches, size.targets, settings, size.tokens)
             step += 1
             if run.rebalancer is not None:
                 run.rebalancer.observe(result.tally)
-            window.steps, window.tokens = window.steps + 1, window.tokens + tokens
+            window.steps, window.tokens = window.steps + 1, window.tokens + size.tokens
             if step % config.log.every == 0 or step in (1, config.train.steps):
-                sinks.write(train_record(run, step, settings.learning_rate, tokens, result, window))
+                sinks.write(train_record(run, step, settings.learning_rate, size.targets, result, window))
                 window = Window()
             if due(step, config.eval.every) and step < config.train.steps:
                 write_eval(sinks, step, held_out(run, config.eval.batches))
@@ -89,7 +99,7 @@ def fit(run: Run) -> Outcome:
     return Outcome(step, signal, stop.signal is None, final)
 
 
-def write_eval(sinks: SinkGroup, step: int, figures: dict[str, float]) -> None:
+def write_eval(sinks: SinkGroup, step: int, figures: Figures) -> None:
     """Record an evaluation, if there was one."""
     if figures:
         sinks.write({"kind": "eval", "step": step, **figures})
@@ -105,12 +115,12 @@ def is_evaluated(folder: Path, step: int) -> bool:
 def announce(run: Run, sinks: SinkGroup) -> None:
     """Record how this life of the run starts."""
     config = run.config.model
-    size = count(config, run.corpus.tokenizer.vocab_size, run.config.data.seq_len)
+    size = count(config, run.texts.tokenizer.vocab_size, run.config.data.seq_len)
     event = "resumed" if run.start_step else "started"
     message = (
         f"{event} at step {run.start_step} on {run.world.size} rank(s) of {run.world.device.type}, "
         f"ep {run.mesh.layout.ep}, {run.accumulation} micro-batch(es) per step; "
-        f"{size.total:,} parameters, {size.active:,} active; {run.corpus.train.num_tokens:,} tokens of text"
+        f"{size.total:,} parameters, {size.active:,} active; {run.task.told_size()}"
     )
     sizes = {"parameters": size.total, "active_parameters": size.active}
     sinks.write({"kind": "event", "step": run.start_step, "event": event, "message": message, **sizes})
@@ -126,28 +136,29 @@ def announce(run: Run, sinks: SinkGroup) -> None:
         sinks.write(placement_event(run.start_step, state, "where experts are"))
 
 
-def next_batches(run: Run, stop: StopRequest, window: Window) -> tuple[list[Batch], int, int | None]:
-    """Return this rank's micro-batches, the valid tokens over all ranks, and the signal that any rank got.
+def next_batches(run: Run, stop: StopRequest, window: Window) -> tuple[list[Batch], StepSize, int | None]:
+    """Return this rank's micro-batches, the step's size over all ranks, and the signal that any rank got.
 
     One sum on the host serves both, so that all ranks stop at the same step without a collective of its own.
     """
     start_s = time.perf_counter()
     batches = run.loader.next_step()
     window.data_wait_s += time.perf_counter() - start_s
-    valid = sum(int((batch.labels_BS != IGNORE).sum()) for batch in batches)
-    sums = torch.tensor([valid, stop.signal or 0, int(stop.signal is not None)], dtype=torch.float64)
-    tokens, signals, stopped = (int(v) for v in run.world.sum_on_host(sums).tolist())
-    return batches, tokens, signals // stopped if stopped else None
+    targets = sum(int((batch.labels_BS != IGNORE).sum()) for batch in batches)
+    valid = sum(int(valid_of(batch).sum()) for batch in batches)
+    sums = torch.tensor([targets, valid, stop.signal or 0, int(stop.signal is not None)], dtype=torch.float64)
+    targets, valid, signals, stopped = (int(v) for v in run.world.sum_on_host(sums).tolist())
+    return batches, StepSize(targets, valid), signals // stopped if stopped else None
 
 
 def train_record(
-    run: Run, step: int, rate: float, tokens: int, result: StepResult, window: Window
+    run: Run, step: int, rate: float, targets: int, result: StepResult, window: Window
 ) -> dict[str, object]:
     """Return the record of one step; times are means per step since the last record. Collective.
 
     Matrices between experts stand in the first and the last record, and where there is an evaluation.
     """
-    figures = result.tally.measure(tokens, run.mesh)
+    figures = result.tally.measure(targets, run.mesh)
     if not (step in (1, run.config.train.steps) or due(step, run.config.eval.every)):
         figures = without_matrices(figures)
     seconds = time.perf_counter() - window.start_s
@@ -160,13 +171,13 @@ def train_record(
         "z_loss": figures.pop("z_loss", None),
         "grad_norm": result.grad_norm.item(),
         "lr": rate,
-        "tokens": step * run.config.train.global_batch * run.config.data.seq_len,
+        "tokens": run.task.tokens_after(step),
         "tokens_per_s": tokens_per_s,
         "step_ms": seconds / window.steps * 1e3,
         "data_wait_ms": window.data_wait_s / window.steps * 1e3,
         "exchange_ms": METER.take_ms() / window.steps,
         "memory_gib": memory_gib(run.world.device),
-        "mfu": model_flops_utilisation(run.config, run.corpus.tokenizer.vocab_size, run.world, tokens_per_s),
+        "mfu": model_flops_utilisation(run.config, run.texts.tokenizer.vocab_size, run.world, tokens_per_s),
         **figures,
     }
 
@@ -181,14 +192,10 @@ def is_matrix(value: object) -> bool:
     return isinstance(value, list) and any(isinstance(row, list) for row in value)
 
 
-def held_out(run: Run, batches: int | None) -> dict[str, float]:
+def held_out(run: Run, batches: int | None) -> Figures:
     """Evaluate on ``batches`` global batches of the held-out text, or on all of it. Collective.
 
     Returns nothing when no text is held out (``data.heldout_fraction=0``).
     """
-    if run.corpus.heldout.num_tokens < 2:
-        return {}
     limit = None if batches is None else batches * run.accumulation
-    rows = micro_batch(run.config, run.world)
-    store, seq_len = run.corpus.heldout, run.config.data.seq_len
-    return evaluate(run.engine.model, store, run.world, run.mesh, seq_len, rows, limit)
+    return run.task.evaluate(run.engine.model, run.world, run.mesh, micro_batch(run.config, run.world), limit)

@@ -34,7 +34,7 @@ def publish(run: Run, step: int, sinks: SinkGroup, decision: Decision | None) ->
     trainer = {
         "step": step,
         "loader": run.loader.state_dict(),
-        "identity": identity(run.config, run.corpus),
+        "identity": identity(run.config, run.texts),
         "layout": layout_of(run) | ({} if decision is None else decision.state()),
     }
     saved = run.saver.save(step, CheckpointState(run.engine.parts(), trainer, random_state(run.world.device)))

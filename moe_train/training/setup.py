@@ -19,8 +19,9 @@ from moe_train.checkpoint.reader import CHECKPOINTS, Checkpoint
 from moe_train.config.model import HOW_NOT_WHAT, ModelConfig
 from moe_train.config.rules import embedding_rows
 from moe_train.config.schema import TrainConfig
-from moe_train.data.corpus import Corpus, open_corpus
-from moe_train.data.loader import TrainLoader
+from moe_train.config.task import LanguageTask
+from moe_train.data.loader import StepLoader
+from moe_train.data.tokenizer import Tokenizer
 from moe_train.dist.mesh import Mesh, build_mesh
 from moe_train.dist.world import World
 from moe_train.errors import ConfigError, Problem
@@ -33,6 +34,8 @@ from moe_train.parallel.engine import Engine
 from moe_train.training.optim import build_optimizer
 from moe_train.training.placement import Rebalancer
 from moe_train.training.random import restore_random_state
+from moe_train.training.tasks import Task, open_task
+from moe_train.training.tasks.base import Texts
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,10 @@ class Run:
     """What a training run holds.
 
     Attributes:
-        config: the validated configuration.
+        config: the validated configuration, completed by the task.
         world: the processes.
         mesh: their groups.
-        corpus: tokenizer, training text and held-out text.
+        task: what is learnt, with the texts.
         engine: model and optimizer.
         loader: this rank's batches, in an order that no layout changes.
         saver: publishes checkpoints.
@@ -54,12 +57,17 @@ class Run:
     config: TrainConfig
     world: World
     mesh: Mesh
-    corpus: Corpus
+    task: Task
     engine: Engine
-    loader: TrainLoader
+    loader: StepLoader
     saver: Saver
     rebalancer: Rebalancer | None
     start_step: int
+
+    @property
+    def texts(self) -> Texts:
+        """Tokenizer, training texts and held-out texts."""
+        return self.task.texts
 
     @property
     def folder(self) -> Path:
@@ -75,7 +83,7 @@ class Run:
 class Starter(Protocol):
     """Gives a model the first weights of the folder ``model.init_from``."""
 
-    def __call__(self, model: Transformer, world: World, seed: int) -> None:
+    def __call__(self, model: Transformer, world: World, config: TrainConfig, tokenizer: Tokenizer) -> None:
         """Overwrite the model's values in place. Collective."""
 
 
@@ -93,35 +101,30 @@ def build_run(config: TrainConfig, world: World, starter: Starter) -> Run:
     folder = Path(config.run.dir).expanduser()
     world.leader_first(lambda: require_writable(folder))
     mesh = build_mesh(world, config.parallel.ep, config.parallel.dp_shard)
-    corpus = open_corpus(config.data, config.tokenizer, world.leader_first)
+    task = open_task(config, world.leader_first)
+    config = task.config
     manager = CheckpointManager(folder / CHECKPOINTS, world, mesh.layout, config.checkpoint.keep)
     checkpoint = manager.resume(config.checkpoint.resume)
-    first = partial(starter, world=world, seed=config.run.seed) if config.model.init_from and not checkpoint else None
-    engine = start_engine(config, world, mesh, corpus, first)
+    first = None
+    if config.model.init_from and not checkpoint:
+        first = partial(starter, world=world, config=config, tokenizer=task.texts.tokenizer)
+    engine = start_engine(config, world, mesh, task.texts, first)
     rebalancer = Rebalancer(engine, mesh) if config.parallel.placement == "auto" else None
-    loader = TrainLoader(
-        corpus.train,
-        seq_len=config.data.seq_len,
-        global_batch=config.train.global_batch,
-        micro_batch=micro_batch(config, world),
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.run.seed,
-    )
+    loader = task.loader(world, micro_batch(config, world))
     if checkpoint is not None:
         if rebalancer is not None:  # before tensors are read: it says which
             rebalancer.restore(checkpoint.trainer.get("layout", {}), world.is_leader)
-        restore(checkpoint, identity(config, corpus), engine, loader, world)
+        restore(checkpoint, identity(config, task.texts), engine, loader, world)
     loader.prefetch()
     saver: Saver = BackgroundSaver(manager) if config.checkpoint.background else ForegroundSaver(manager)
-    run = Run(config, world, mesh, corpus, engine, loader, saver, rebalancer, checkpoint.step if checkpoint else 0)
+    run = Run(config, world, mesh, task, engine, loader, saver, rebalancer, checkpoint.step if checkpoint else 0)
     world.leader_first(lambda: describe(run))
     return run
 
 
-def start_engine(config: TrainConfig, world: World, mesh: Mesh, corpus: Corpus, first: Start | None) -> Engine:
+def start_engine(config: TrainConfig, world: World, mesh: Mesh, texts: Texts, first: Start | None) -> Engine:
     """Build model and optimizer, with random first values or those that ``first`` gives. Collective."""
-    vocab_size = embedding_rows(config.model, corpus.tokenizer.vocab_size)
+    vocab_size = embedding_rows(config.model, texts.tokenizer.vocab_size)
     exchange = model_exchange(mesh, config.model, config.parallel)
     make_optimizer = partial(build_optimizer, config=config.optim)
     return build_engine(config, mesh, world, exchange, vocab_size, make_optimizer, first)
@@ -148,7 +151,7 @@ def micro_batch(config: TrainConfig, world: World) -> int:
     return config.train.micro_batch or config.train.global_batch // world.size
 
 
-def restore(checkpoint: Checkpoint, current: dict[str, Any], engine: Engine, loader: TrainLoader, world: World) -> None:
+def restore(checkpoint: Checkpoint, current: dict[str, Any], engine: Engine, loader: StepLoader, world: World) -> None:
     """Take weights, optimizer state, data position and random state from a checkpoint.
 
     Raises:
@@ -164,23 +167,25 @@ def restore(checkpoint: Checkpoint, current: dict[str, Any], engine: Engine, loa
 
 
 def completed(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the identity in a checkpoint with the defaults of those keys of the model that are younger than it."""
+    """Return the identity in a checkpoint with the defaults of those keys that are younger than it."""
     try:
         model = ModelConfig.model_validate(saved.get("model"))
     except ValidationError:
         return saved  # the comparison tells what is wrong with it
-    return {**saved, "model": model.model_dump(mode="json", exclude=HOW_NOT_WHAT)}
+    task = {"task": saved.get("task", LanguageTask().model_dump(mode="json"))}
+    return {**saved, **task, "model": model.model_dump(mode="json", exclude=HOW_NOT_WHAT)}
 
 
-def identity(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
+def identity(config: TrainConfig, texts: Texts) -> dict[str, Any]:
     """Return what makes a run the run it is; everything else may change over its lives."""
     return {
         "run.seed": config.run.seed,
+        "task": config.task.model_dump(mode="json"),
         "train.global_batch": config.train.global_batch,
         "train.precision": config.train.precision,
         "data.seq_len": config.data.seq_len,
-        "data fingerprint": corpus.fingerprint,
-        "tokenizer fingerprint": corpus.tokenizer.fingerprint,
+        "data fingerprint": texts.fingerprint,
+        "tokenizer fingerprint": texts.tokenizer.fingerprint,
         "model": config.model.model_dump(mode="json", exclude=HOW_NOT_WHAT),
     }
 
@@ -189,13 +194,13 @@ def describe(run: Run) -> None:
     """Write what the run is into its folder: configuration, environment, tokenizer."""
     run.folder.mkdir(parents=True, exist_ok=True)
     # A tokenizer.json has no place for the name of the boundary token: it is kept with the configuration.
-    tokenizer = run.config.tokenizer.model_copy(update={"boundary_token": run.corpus.tokenizer.boundary_token})
+    tokenizer = run.config.tokenizer.model_copy(update={"boundary_token": run.texts.tokenizer.boundary_token})
     write_config(run.folder / "config.yaml", run.config.model_copy(update={"tokenizer": tokenizer}))
     if run.config.parallel.engine == "deepspeed":
         write_settings(run.folder / "deepspeed.json", run.config, run.world.size)
     device = None if run.world.device.type == "cpu" else {"device": str(run.world.device)}
     (run.folder / "environment.json").write_text(json.dumps(environment(device), indent=1) + "\n")
-    run.corpus.tokenizer.save(run.folder / "tokenizer.json")
+    run.texts.tokenizer.save(run.folder / "tokenizer.json")
 
 
 def write_config(path: Path, config: BaseModel) -> None:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_train.config.model import ModelConfig
 from moe_train.data.loader import Batch
 from moe_train.dist.comm import sum_over
 from moe_train.dist.mesh import Mesh
 from moe_train.dist.peers import Together
+from moe_train.models.classifier import PART
 from moe_train.models.transformer import ModelLosses, Transformer
 from moe_train.moe.balance import RoutingRecord, TakingRecord
 from moe_train.moe.context import RoutingContext
@@ -58,28 +60,37 @@ class StepResult:
     tally: Tally
 
 
-def train_step(engine: Engine, mesh: Mesh, batches: Sequence[Batch], tokens: int, settings: StepSettings) -> StepResult:
+def train_step(
+    engine: Engine,
+    mesh: Mesh,
+    batches: Sequence[Batch],
+    targets: int,
+    settings: StepSettings,
+    valid_tokens: int | None = None,
+) -> StepResult:
     """Run the micro-batches of one optimizer step and update.
 
     Args:
         engine: model and optimizer.
         mesh: the groups.
         batches: this rank's micro-batches; every rank has the same number.
-        tokens: valid tokens of the step over all ranks and micro-batches, by which every gradient is divided once.
+        targets: labels of the step over all ranks and micro-batches, by which every gradient is divided once.
         settings: of this step.
+        valid_tokens: tokens of the step, counted alike; None: every one has a label, as in a language model.
     """
     model = engine.model
     tally = Tally(model.expert_layers)
     engine.zero_grad()
     inputs = [to_inputs(batch, model, mesh, settings.seed) for batch in batches]
+    targets_per_token = targets / (valid_tokens or targets)
     totals = step_totals(model, mesh, inputs)
     for place, micro_batch in enumerate(inputs):
         later = mtp_labels(micro_batch.labels_BS, model.config.mtp.depth, settings.boundary_id)
         output: ModelLosses = model(micro_batch.tokens_BS, micro_batch.context, [micro_batch.labels_BS, *later])
         loss_sum, mtp = output.loss_sums[0], mtp_loss(output, later)
         balance_totals = totals or pass_totals(model, mesh, output)
-        balance_sum = balance_loss_sum(model, output, balance_totals, settings.mtp_coef)
-        loss = (loss_sum + settings.mtp_coef * mtp.mean_sum + balance_sum) / tokens
+        balance_sum = balance_loss_sum(model, output, balance_totals, settings.mtp_coef, targets_per_token)
+        loss = (loss_sum + settings.mtp_coef * mtp.mean_sum + balance_sum) / targets
         engine.backward(loss, is_last=place == len(inputs) - 1)
         tally.add(loss_sum, output.records, mtp)
     grad_norm = engine.step(settings.learning_rate, settings.clip_norm)
@@ -105,19 +116,28 @@ class Inputs:
 
 
 def to_inputs(batch: Batch, model: Transformer, mesh: Mesh, seed: int) -> Inputs:
-    """Bring a batch to the model's device; positions without a label are padding."""
+    """Bring a batch to the model's device."""
     device = device_of(model, mesh)
     tokens_BS = batch.tokens_BS.to(device, non_blocking=True)
-    valid_BS = batch.labels_BS != IGNORE
+    labels_BS = batch.labels_BS.to(device, non_blocking=True)
+    valid_BS = valid_of(batch)
     all_valid = bool(valid_BS.all())  # on the host, where batches are made: nothing waits for the device
+    head = model.config.classifier
     context = RoutingContext(
         ids_BS=tokens_BS,
         sequences_B=torch.arange(tokens_BS.shape[0], device=device) + batch.first_sequence,
         valid_BS=None if all_valid else valid_BS.to(device, non_blocking=True),
         seed=seed,
         peers=Together(mesh.world),
+        classes_B=None if head is None else labels_BS.amax(dim=1),
+        num_classes=0 if head is None else head.num_classes or 0,
     )
-    return Inputs(tokens_BS, batch.labels_BS.to(device, non_blocking=True), context)
+    return Inputs(tokens_BS, labels_BS, context)
+
+
+def valid_of(batch: Batch) -> Tensor:
+    """Return which positions hold tokens, [B, S] bool; without a word of it, those with a label."""
+    return batch.labels_BS != IGNORE if batch.valid_BS is None else batch.valid_BS
 
 
 def step_totals(model: Transformer, mesh: Mesh, inputs: Sequence[Inputs]) -> list[Statistics]:
@@ -143,18 +163,29 @@ def pass_totals(model: Transformer, mesh: Mesh, output: ModelLosses) -> list[Sta
     return [record.statistics for record in output.records]
 
 
-def balance_loss_sum(model: Transformer, output: ModelLosses, totals: list[Statistics], mtp_coef: float) -> Tensor:
+def balance_loss_sum(
+    model: Transformer, output: ModelLosses, totals: list[Statistics], mtp_coef: float, targets_per_token: float
+) -> Tensor:
     """Return what adds the gradient of the weighted balance losses of one micro-batch, summed over layers.
+
+    A layer's share is n times its mean over its n tokens, and all is divided by the number of targets: where a text has
+    one target, the layers that see its tokens are scaled by ``targets_per_token``, so that they weigh as in a language
+    model; the head, which sees texts, needs no scale.
+    """
+    total = output.loss_sums[0].new_zeros((), dtype=torch.float64)
+    for (key, layer), record, statistics in zip(model.expert_layers.items(), output.records, totals, strict=True):
+        weight = 1.0 if key.part == PART else targets_per_token * depth_weight(model.config, key.depth, mtp_coef)
+        total = total + weight * layer.balance.share(record, statistics)
+    return total
+
+
+def depth_weight(config: ModelConfig, depth: int, mtp_coef: float) -> float:
+    """Return the weight of a layer's balance losses by its depth.
 
     Those of modules of multi-token prediction are weighted as the modules' own loss is: at weight zero the modules
     leave the model alone.
     """
-    config = model.config
-    total = output.loss_sums[0].new_zeros((), dtype=torch.float64)
-    for (key, layer), record, statistics in zip(model.expert_layers.items(), output.records, totals, strict=True):
-        weight = 1.0 if key.depth < config.layers else mtp_coef / config.mtp.depth
-        total = total + weight * layer.balance.share(record, statistics)
-    return total
+    return 1.0 if depth < config.layers else mtp_coef / config.mtp.depth
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import pytest
 
 from moe_train.config import process
 
-DOORS = ("train", "evaluate", "generate", "bench")
+DOORS = ("train", "evaluate", "generate", "bench", "agents.__main__")
 
 
 class StartedAnewError(Exception):

@@ -22,7 +22,7 @@ from moe_train.config.bench import BenchConfig, LayerBench, Shape
 from moe_train.config.compose import compose_config
 from moe_train.config.schema import TrainConfig
 from moe_train.dist.world import world_from_environment
-from moe_train.interop.start import load_first_weights
+from moe_train.interop.beginning import begin
 from moe_train.observe.sinks import RunContext, SinkGroup
 from moe_train.observe.sinks.console import ConsoleSink
 from moe_train.observe.sinks.jsonl import JsonlSink
@@ -91,7 +91,7 @@ def shares_of(settings: list[str], folder: Path) -> dict[str, float]:
     config = compose_config("train", TrainConfig, lambda config: [], [*settings, f"run.dir={folder}"])
     with world_from_environment(60.0) as world, SinkGroup([ConsoleSink(io.StringIO()), JsonlSink()]) as sinks:
         sinks.start(RunContext(folder, config, 0))
-        trainer = script.Trainer(build_run(config, world, load_first_weights), sinks)
+        trainer = script.Trainer(build_run(config, world, begin), sinks)
         waits, ratios = [], []
         for turn in range(12):
             steps_ms = {}

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from moe_train.config.schema import SourceConfig
 from moe_train.data.sources.base import Document, Identity
@@ -105,7 +106,27 @@ def read_jsonl(file: Path, text_field: str) -> Iterator[str]:
 
 
 def text_of(line: bytes, text_field: str, place: str) -> str:
-    """Return the text of one JSON line."""
+    """Return the text of one JSON line.
+
+    Raises:
+        DataError: it is not a JSON object with that field.
+    """
+    row = row_of(line, place)
+    if not isinstance(row.get(text_field), str):
+        rule = f"has no text in the field {text_field}; its fields are {', '.join(row) or 'none'}"
+        raise DataError(Problem(place, None, rule, "set data.text_field to the field that holds the text"))
+    text: str = row[text_field]
+    if re.search("[\ud800-\udfff]", text):
+        raise DataError(Problem(place, None, "escapes half of a surrogate pair", "mend or remove the line"))
+    return text
+
+
+def row_of(line: bytes, place: str) -> dict[str, Any]:
+    """Return the object of one JSON line.
+
+    Raises:
+        DataError: it is none; names the place.
+    """
     try:
         row = json.loads(line)
     except UnicodeDecodeError as error:
@@ -115,10 +136,4 @@ def text_of(line: bytes, text_field: str, place: str) -> str:
         raise DataError(Problem(place, None, rule, "mend or remove the line")) from None
     if not isinstance(row, dict):
         raise DataError(Problem(place, None, "is not a JSON object", "write one object per line"))
-    if not isinstance(row.get(text_field), str):
-        rule = f"has no text in the field {text_field}; its fields are {', '.join(row) or 'none'}"
-        raise DataError(Problem(place, None, rule, "set data.text_field to the field that holds the text"))
-    text: str = row[text_field]
-    if re.search("[\ud800-\udfff]", text):
-        raise DataError(Problem(place, None, "escapes half of a surrogate pair", "mend or remove the line"))
-    return text
+    return row

@@ -103,7 +103,7 @@ def public_balance(model: ModelConfig) -> dict[str, Any]:
 def is_averaging(router: RouterConfig) -> bool:
     """Whether the weights are a softmax over the chosen experts: the same function in both forms."""
     if isinstance(router, TopKSoftmaxRouterConfig):
-        return not router.bias
+        return not router.bias and router.gate_dim is None
     return isinstance(router, TopKRouterConfig) and router.normalize == "selected"
 
 
@@ -113,6 +113,8 @@ def topk_refusals(model: ModelConfig) -> Iterator[str]:
     if isinstance(router, TopKSoftmaxRouterConfig):
         if router.bias:
             yield "the router has a bias"
+        if router.gate_dim is not None:
+            yield "the router has a hidden layer: router.gate_dim"
     elif not isinstance(router, TopKRouterConfig):
         yield f"router.kind={router.kind}"
 

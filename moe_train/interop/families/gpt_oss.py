@@ -95,6 +95,8 @@ class GptOss(Decoder):
         router = model.ffn.router
         if not isinstance(router, TopKSoftmaxRouterConfig):
             yield f"router.kind={router.kind}, not topk_softmax"
+        elif router.gate_dim is not None:
+            yield "the router has a hidden layer: router.gate_dim"
         elif not router.bias:
             yield "the router has no bias"
 

@@ -26,6 +26,7 @@ from moe_train.moe.context import RoutingContext
 from moe_train.moe.roles import Kind, Role
 from moe_train.moe.routers.base import BaseRouter
 from moe_train.moe.routers.expert_choice import ExpertChoiceRouter
+from moe_train.moe.routers.gate import GateRouter
 from moe_train.moe.routers.gshard import GShardRouter
 from moe_train.moe.routers.hash import HashRouter
 from moe_train.moe.routers.hierarchical import HierarchicalRouter
@@ -62,6 +63,8 @@ def build_router(ffn: FFNConfig, dim: int, init_std: float) -> Router:
     match config:
         case TopKRouterConfig(normalize=normalize):
             return score_router(config, role, biased, Scoring(sigmoid=False, normalised=normalize == "selected"))
+        case TopKSoftmaxRouterConfig(gate_dim=int(gate_dim)):
+            return GateRouter(dim, gate_dim, num_experts, top_k, config, role, biased)
         case TopKSoftmaxRouterConfig(bias=bias):
             return score_router(config, role, biased, Scoring(sigmoid=False, normalised=True, logit_bias=bias))
         case SigmoidRouterConfig(normalize=normalize):

@@ -119,6 +119,16 @@ class RunRecord:
         return str(self.setting("run.name") or self.run_dir.resolve().name)
 
     @property
+    def has_classes(self) -> bool:
+        """Whether the model tells the classes of texts."""
+        return self.setting("task.kind") == "sentiment" or any("confusion" in record for record in self.evals)
+
+    @property
+    def loss_unit(self) -> str:
+        """What one loss is of: ``token`` or ``text``."""
+        return "text" if self.has_classes else "token"
+
+    @property
     def layers(self) -> list[str]:
         """Names of the feed-forward layers with experts that a train record speaks of: ``["layer_01", "layer_03"]``."""
         return sorted({*self.routed_layers, *self.graph_layers})

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
+from moe_train.observe.classes import collapses
 from moe_train.observe.redact import redact
 from moe_train.observe.report.drawing import STYLE, embed
 from moe_train.observe.report.figures import FigureModule, figures_of
@@ -41,6 +42,7 @@ def summary(run: RunRecord) -> str:
         notes.append("The run has no evaluation yet.")
     if run.unreadable_lines:
         notes.append(f"{run.unreadable_lines} line(s) of metrics.jsonl could not be read and are left out.")
+    notes += collapses(run.evals[-1]) if run.evals else []
     cards = "".join(
         f"<div><dt>{escape(tile.label)}</dt><dd>{escape(tile.value)}</dd><small>{escape(tile.note)}</small></div>"
         for tile in tiles(run)

@@ -28,8 +28,26 @@ class Tile:
 
 def tiles(run: RunRecord) -> list[Tile]:
     """Return the figures of the card that the run has."""
-    candidates = (heldout_loss(run), bits_per_byte(run), progress(run), tokens(run), time(run), parameters(run))
+    candidates = (
+        accuracy(run),
+        heldout_loss(run),
+        bits_per_byte(run),
+        progress(run),
+        tokens(run),
+        time(run),
+        parameters(run),
+    )
     return [tile for tile in candidates if tile is not None]
+
+
+def accuracy(run: RunRecord) -> Tile | None:
+    """Return the last held-out accuracy of a classifier beside that of always telling the largest class."""
+    last = next((record for record in reversed(run.evals) if finite(record.get("accuracy")) is not None), None)
+    if last is None:
+        return None
+    majority, f1 = finite(last.get("majority")), finite(last.get("macro_f1"))
+    notes = [f"macro-F1 {f1:.3f}" if f1 is not None else "", f"majority {majority:.1%}" if majority is not None else ""]
+    return Tile("Accuracy", f"{last['accuracy']:.1%}", "; ".join(note for note in notes if note))
 
 
 def heldout_loss(run: RunRecord) -> Tile | None:
@@ -38,7 +56,7 @@ def heldout_loss(run: RunRecord) -> Tile | None:
     if last is None:
         return None
     perplexity = finite(last.get("perplexity"))
-    note = f"nats per token at step {last['step']}" + (f"; perplexity {perplexity:.1f}" if perplexity else "")
+    note = f"nats per {run.loss_unit} at step {last['step']}" + (f"; perplexity {perplexity:.1f}" if perplexity else "")
     return Tile("Held-out loss", f"{last['loss']:.3f}", note + looking_ahead(last, "loss"))
 
 

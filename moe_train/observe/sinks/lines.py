@@ -85,16 +85,21 @@ def eval_line(record: Record) -> str:
     loss = f"loss {number(record.get('loss'), '.3f')}"
     if "loss_looking_ahead" in record:
         loss += f" (looking ahead {number(record['loss_looking_ahead'], '.3f')})"
-    parts = [
-        f"eval step {record['step']}",
-        loss,
-        f"perplexity {number(record.get('perplexity'), '.2f')}",
-    ]
+    parts = [f"eval step {record['step']}", loss]
+    if "accuracy" in record:
+        return " | ".join([*parts, *told_classes(record)])
+    parts.append(f"perplexity {number(record.get('perplexity'), '.2f')}")
     if "bits_per_byte" in record:
         parts.append(f"{number(record['bits_per_byte'], '.3f')} bits/byte")
     if "unigram_bits_per_byte" in record:
         parts[-1] += f" (unigram {number(record['unigram_bits_per_byte'], '.3f')})"
     return " | ".join(parts)
+
+
+def told_classes(record: Record) -> list[str]:
+    """Return the fields of an eval record of a classifier, beside the accuracy of always telling the largest class."""
+    accuracy, majority = percent(record["accuracy"], ".1%"), percent(record.get("majority"), ".1%")
+    return [f"accuracy {accuracy} (majority {majority})", f"macro-F1 {number(record.get('macro_f1'), '.3f')}"]
 
 
 def event_line(record: Record) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_train.observe.finished import final_loss
 from moe_train.observe.records import finite
 from moe_train.observe.report.record import RunRecord
 
@@ -123,8 +124,8 @@ def read_finished(run_dir: Path) -> Finished | None:
     """Return the run in ``run_dir``, or None when it is not finished or no run of a study."""
     run = RunRecord.load(run_dir)
     named = NAME.fullmatch(run.name)
-    loss = finite(run.evals[-1].get("loss")) if run.evals else None
-    if named is None or loss is None or not run.train or run.evals[-1]["step"] != run.setting("train.steps"):
+    loss = final_loss(run)
+    if named is None or loss is None:
         return None
     return Finished(run, named["variant"], int(named["seed"]), loss)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moe_train.checkpoint.runs import read_config
 from moe_train.config.attention import GroupedQueryConfig, LatentConfig, Llama3Config, YarnConfig
 from moe_train.config.balance import BalanceConfig, ZLossConfig
 from moe_train.config.compose import compose_config, unstated
@@ -14,7 +15,6 @@ from moe_train.config.routing import FactorCapacityConfig, SigmoidRouterConfig
 from moe_train.config.rules import model_problems, schedule_problems, train_problems
 from moe_train.config.schema import DataConfig, TrainConfig
 from moe_train.errors import ConfigError, Problem
-from moe_train.inference.load import read_config
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,21 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
-from moe_train.config import attention, balance, bench, depth, graph, inference, model, routing, schema
+from moe_train.config import (
+    agents,
+    attention,
+    balance,
+    bench,
+    classifier,
+    depth,
+    graph,
+    inference,
+    model,
+    routing,
+    schema,
+    task,
+)
+from moe_train.config.agents import AgentsConfig
 from moe_train.config.base import Strict
 from moe_train.config.bench import BenchConfig
 from moe_train.config.compose import compose_config
@@ -32,12 +46,15 @@ PRIMARY: dict[str, tuple[type[BaseModel], list[str]]] = {
     "report": (ReportConfig, ["run.dir=x"]),
     "export": (ExportConfig, ["run.dir=x", "to=y"]),
     "bench": (BenchConfig, []),
+    "agents": (AgentsConfig, ["prompt=hello"]),
 }
 """The files of the commands, with what must be given on the command line."""
 FILES = sorted(path.relative_to(config_dir()) for path in config_dir().rglob("*.yaml"))
 OPTIONS = [path for path in FILES if len(path.parts) > 1]
 SELECTORS = {"kind", "source", "scope", "expert"}
 """A file may name the option that it is, even where that is the default."""
+OWN_COMMAND = {"bench": "bench", "mixture": "agents"}
+"""Groups of other commands than train."""
 NEEDS = {"model/ffn/graph": ("model=graph_tiny",)}
 """What must be chosen before an option of a group can be: routed presets have no graph to choose."""
 SIZES = {"num_experts", "top_k", "expert_dim", "hidden_dim", "experts", "top_groups"}
@@ -54,7 +71,7 @@ def compose(name: str, *overrides: str) -> BaseModel:
 def composed_with(path: Path) -> BaseModel:
     """The configuration of a training, or of its own command, with the option that a file is."""
     group = path.parent.as_posix()
-    return compose("bench" if group == "bench" else "train", *NEEDS.get(group, ()), f"{group}={path.stem}")
+    return compose(OWN_COMMAND.get(group, "train"), *NEEDS.get(group, ()), f"{group}={path.stem}")
 
 
 def leaves(mapping: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -138,7 +155,7 @@ def test_no_file_repeats_a_default(path: Path) -> None:
 
 SECTIONS = [
     value
-    for module in (schema, model, attention, balance, depth, graph, inference, routing, bench)
+    for module in (schema, task, model, classifier, agents, attention, balance, depth, graph, inference, routing, bench)
     for value in vars(module).values()
     if isinstance(value, type) and issubclass(value, Strict) and value.__module__ == module.__name__
 ]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from moe_train.config.compose import compose_config
+from moe_train.config.label_rules import LABELS_ONLY
 from moe_train.config.schema import PrepareConfig
 from moe_train.prepare import rules
 
@@ -34,10 +35,11 @@ def test_mistakes_end_with_status_2_and_no_traceback(tmp_path):
 
 @pytest.mark.parametrize("option", sorted(path.stem for path in (ROOT / "configs/data").glob("*.yaml")))
 def test_every_source_composes(option):
-    needs_path = option in ("text", "huggingface", "tokens")
+    needs_path = option in ("text", "labelled", "huggingface", "tokens")
     overrides = [f"data={option}", *(["data.path=somewhere"] if needs_path else [])]
-    config = compose_config("prepare", PrepareConfig, rules, overrides)
-    assert config.data.source == option
+    asked = (lambda config: []) if option in LABELS_ONLY else rules
+    config = compose_config("prepare", PrepareConfig, asked, overrides)
+    assert config.data.source == ("text" if option == "labelled" else option)
     assert (option == "mix") == bool(config.data.parts)
 
 

@@ -38,19 +38,22 @@ def assert_counted(config: ModelConfig) -> None:
     unused_share = 1 - config.ffn.top_k / config.ffn.num_experts if routed else 0
     main = {name: p.numel() for name, p in parameters.items() if not name.startswith("mtp.")}
     experts = sum(numel for name, numel in main.items() if any(part in name for part in EXPERTS))
+    in_head = sum(numel for name, numel in main.items() if name.startswith("head.experts."))
     heads = sum(numel for name, numel in main.items() if name.endswith(".experts.weight_LNM"))
     idle_heads = 1 - config.attention.top_k / config.attention.experts if heads else 0
     assert size.total == sum(p.numel() for p in parameters.values())
     assert size.mtp == size.total - sum(main.values())
     assert size.main == sum(main.values())
-    assert size.active == sum(main.values()) - round(experts * unused_share) - round(heads * idle_heads)
-    embedding = 0 if config.tie_embeddings else main["embedding_VD"]
+    idle = round(experts * unused_share) + round(heads * idle_heads) + round(in_head * unused_share)
+    assert size.active == sum(main.values()) - idle
+    embedding = 0 if config.tie_embeddings and not config.classifier else main["embedding_VD"]
     assert size.active_without_embedding == size.active - embedding - main.get("positions_SD", 0)
 
 
 @pytest.mark.parametrize("preset", options_of("model"))
 def test_every_preset(preset: str) -> None:
-    assert_counted(compose_config("train", TrainConfig, lambda config: [], [f"model={preset}"]).model)
+    classes = ["model.classifier.num_classes=3"] if "classifier" in preset else []
+    assert_counted(compose_config("train", TrainConfig, lambda config: [], [f"model={preset}", *classes]).model)
 
 
 WIDTHS, FEW = st.integers(1, 9), st.integers(0, 2)

@@ -12,7 +12,7 @@ from moe_train.config.schema import TrainConfig
 from moe_train.models.counts import count
 
 EXPERIMENTS = ("routing_study", "routing_study_more")
-OF_OTHERS = ("graph_", "silent_", "dense_", "sparse_", "heads_", "depth_")
+OF_OTHERS = ("graph_", "silent_", "dense_", "sparse_", "heads_", "depth_", "scale_", "sentiment_")
 """Beginnings of the variants of other studies."""
 VARIANTS = [name for name in options_of("study") if not name.startswith(OF_OTHERS)]
 VOCABULARY, LENGTH = 4096, 256

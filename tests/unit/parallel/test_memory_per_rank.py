@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from layout_cases import TEXTS
 from layouts import VOCAB, Case, rank_batches
 from spawn import run_ranks
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ def test_bytes_of_four_ranks(by_rank: list[dict[tuple[str, int, int], tuple[int,
         assert said.state_bytes == sum(told[:3])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *TEXTS], ids=str)
 def test_experts_and_the_rest_are_the_model(case: Case) -> None:
     model = case.whole_model()
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)

@@ -38,8 +38,8 @@ def waited_s(work_s: float, steps: int, prefetches: bool) -> float:
             loader.prefetch()
             time.sleep(work_s)
         for _ in range(steps):
-            _, tokens, signal = next_batches(cast("Any", run), cast("StopRequest", stop), window)
-            assert (tokens, signal) == (8, None)
+            _, size, signal = next_batches(cast("Any", run), cast("StopRequest", stop), window)
+            assert (size.targets, size.tokens, signal) == (8, 8, None)
             time.sleep(work_s)
     return window.data_wait_s
 

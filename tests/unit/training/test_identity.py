@@ -7,12 +7,15 @@ from moe_train.training.setup import completed
 
 
 def test_a_checkpoint_that_is_older_than_a_key_counts_as_having_its_default() -> None:
-    """Runs from before LayerNorm and graphs go on; what they do say stays."""
+    """Runs from before LayerNorm, graphs and classifiers go on; what they do say stays."""
     now = ModelConfig(dim=48, ffn=FFNConfig(num_experts=4)).model_dump(mode="json", exclude=HOW_NOT_WHAT)
     older = {key: value for key, value in now.items() if key not in ("norm", "positions", "head_bias")}
     older["ffn"] = {key: value for key, value in now["ffn"].items() if key != "graph"}
     assert older != now
-    assert completed({"run.seed": 3, "model": older}) == {"run.seed": 3, "model": now}
+    language = {"kind": "language"}
+    assert completed({"run.seed": 3, "model": older}) == {"run.seed": 3, "task": language, "model": now}
+    sentiment = {"kind": "sentiment", "classes": ["bad", "good"]}
+    assert completed({"task": sentiment, "model": older}) == {"task": sentiment, "model": now}
 
 
 def test_another_value_still_differs() -> None:

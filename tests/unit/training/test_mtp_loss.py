@@ -83,7 +83,7 @@ def loss_of(logits: list[Tensor], labels_BS: Tensor, boundary: int | None) -> MT
     later = mtp_labels(labels_BS, len(logits) - 1, boundary)
     pairs = zip(logits, [labels_BS, *later], strict=True)
     sums = [cross_entropy_sum(logits_BSV.flatten(0, 1), targets_BS.flatten()) for logits_BSV, targets_BS in pairs]
-    return mtp_loss(ModelLosses(tuple(sums), ()), later)
+    return mtp_loss(ModelLosses(tuple(sums), records=()), later)
 
 
 @settings(max_examples=40, deadline=None)

@@ -8,16 +8,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from moe_train.observe.report.figures import (
+    accuracy,
     adjacency_entropy,
     attention_balance,
     attention_load,
     balance,
     bias_range,
+    confusion,
     depth,
     dropped,
     entropy,
     expert_load,
     expert_similarity,
+    experts_by_class,
     graph_weights,
     loss,
     message_norm,
@@ -25,6 +28,7 @@ from moe_train.observe.report.figures import (
     rank_load,
     step_time,
     throughput,
+    utilisation,
 )
 from moe_train.observe.report.record import RunRecord
 
@@ -58,6 +62,10 @@ OF_COUPLED: tuple[FigureModule, ...] = (expert_similarity, graph_weights, messag
 
 OF_ATTENTION: tuple[FigureModule, ...] = (attention_load, attention_balance)
 """Figures of runs whose attention has experts."""
+OF_CLASSES: tuple[FigureModule, ...] = (accuracy, confusion)
+"""Figures of runs whose models tell classes."""
+OF_CLASS_EXPERTS: tuple[FigureModule, ...] = (experts_by_class, utilisation)
+"""Figures of those of them whose layers have routers."""
 OF_DEPTH: tuple[FigureModule, ...] = (depth,)
 """Figures of runs with blocks that only some tokens pass."""
 
@@ -71,5 +79,6 @@ def figures_of(run: RunRecord) -> tuple[FigureModule, ...]:
     dense = (attention or deep) and run.setting("model.ffn.num_experts") == 0
     routed = bool(run.routed_layers) or not (coupled or dense)
     spread = (routed or attention) and rank_load.is_spread(run)
+    of_classes = (OF_CLASSES + OF_CLASS_EXPERTS * routed) * run.has_classes
     of_routers = OF_ROUTED * routed + OF_ATTENTION * attention + OF_SPREAD * spread
-    return OF_ALL + of_routers + OF_COUPLED * coupled + OF_DEPTH * deep
+    return OF_ALL[:1] + of_classes + OF_ALL[1:] + of_routers + OF_COUPLED * coupled + OF_DEPTH * deep

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 TITLE = "Loss"
 CAPTION = (
-    "Mean cross-entropy per token without auxiliary losses; the thin line is as measured, the thick one smoothed. "
-    "Further ahead: that of multi-token prediction, of the tokens after the next. Looking ahead: held-out with the "
-    "choices of training, which later tokens take part in: a model that writes has only the other one."
+    "Mean cross-entropy per token, or per text where classes are learnt, without auxiliary losses; the thin line is as "
+    "measured, the thick one smoothed. Further ahead: that of multi-token prediction, of the tokens after the next. "
+    "Looking ahead: held-out with the choices of training, which later tokens take part in: a model that writes has "
+    "only the other one."
 )
 ABSENT = "No train or eval record holds a finite loss yet."
 
@@ -45,7 +46,7 @@ def draw(run: RunRecord) -> Figure | None:
     if baseline:
         level = float(baseline.values[np.isfinite(baseline.values)][-1])
         axes.axhline(level, color=INK, linewidth=1, linestyle="--", label=f"unigram {level:.2f}")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.set(xlabel="optimizer step", ylabel=f"loss (nats per {run.loss_unit})")
     legend_above(axes)
     return figure
 
