@@ -67,6 +67,7 @@ def growth_while_writing(world: World, folder: Path) -> list[float]:
     return [mib - at_records[0] for mib in at_records[1:]]
 
 
+@pytest.mark.slow  # a fresh process, some hundred megabytes of experts
 def test_writing_many_experts_takes_the_memory_of_one(tmp_path: Path) -> None:
     """It once grew by what it wrote: what each read left behind stood in the places that tensors had given back.
 

@@ -52,6 +52,7 @@ def test_rotten_tomatoes_has_the_known_numbers():
     assert masterpiece == 1
 
 
+@pytest.mark.slow  # reads 25,000 reviews
 def test_imdb_has_the_known_numbers():
     examples, found = read("imdb")
     assert Counter(e.label for e in examples) == {"negative": 12_500, "positive": 12_500}
