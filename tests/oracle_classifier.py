@@ -29,6 +29,30 @@ def compacted(ids_BS: Tensor, valid_BS: Tensor, seed: int, dropout: float) -> tu
     return kept_ids, kept
 
 
+def run_row(run: list[int], num_rows: int) -> int:
+    """Row of a run of tokens in the table."""
+    hashed = run[0]
+    for token in run[1:]:
+        hashed = (hashed * 1_000_003 + token) % (2**31 - 1)
+    return (hashed * 1_000_003 + len(run)) % (2**31 - 1) % num_rows
+
+
+def word_vectors(model, w: dict[str, Tensor], batch) -> Tensor:
+    """Vectors of the words that are left, with those of the runs that end there in the text as it was."""
+    ngrams, table = model.classifier.ngrams, w.get("ngrams.table_ND")
+    x_BSD = torch.zeros(*batch.ids_BS.shape, model.dim, dtype=w["embedding_VD"].dtype)
+    for b, (ids, valid_S) in enumerate(zip(batch.ids_BS.tolist(), batch.valid_BS, strict=True)):
+        words = valid_S.nonzero().flatten().tolist()
+        for place, s in enumerate(left(words, b, len(ids), batch.seed, model.classifier.token_dropout)):
+            x_BSD[b, place] = w["embedding_VD"][ids[s]]
+            for n in range(2, ngrams.longest + 1 if ngrams else 2):
+                if s >= n - 1:
+                    x_BSD[b, place] = (
+                        x_BSD[b, place] + ngrams.scale * table[run_row(ids[s - n + 1 : s + 1], len(table))]
+                    )
+    return x_BSD
+
+
 def text_by_text(model, w: dict[str, Tensor], depth: int, x_BSD: Tensor, batch) -> Tensor:
     """Attention of each text alone, without its padding."""
     y_BSD = torch.zeros_like(x_BSD)
@@ -39,10 +63,11 @@ def text_by_text(model, w: dict[str, Tensor], depth: int, x_BSD: Tensor, batch) 
     return y_BSD
 
 
-def means(x_BSD: Tensor, batch) -> dict[int, Tensor]:
+def text_vectors(model, x_BSD: Tensor, batch) -> dict[int, Tensor]:
     """The vector of each text that has tokens."""
+    power = {"mean": 1.0, "root": 0.5}[model.classifier.pool]
     places = {b: [s for s in range(x_BSD.shape[1]) if batch.is_valid(b, s)] for b in range(len(x_BSD))}
-    return {b: sum(x_BSD[b, s] for s in seen) / len(seen) for b, seen in places.items() if seen}
+    return {b: sum(x_BSD[b, s] for s in seen) / len(seen) ** power for b, seen in places.items() if seen}
 
 
 def mlp(w: dict[str, Tensor], e: int, num_maps: int, x_D: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import oracle_balance as balance
 import torch
 from oracle_attention import attention, linear
 from oracle_capacity import Placed, place_assignments
-from oracle_classifier import by_class, compacted, head, means, text_by_text
+from oracle_classifier import by_class, compacted, head, text_by_text, text_vectors, word_vectors
 from oracle_depth import deep_block, is_deep
 from oracle_graph import GraphLayer, graph
 from oracle_heads import switchhead
@@ -259,10 +259,9 @@ def embedded(w: dict[str, Tensor], ids_BS: Tensor) -> Tensor:
     return x_BSD + torch.stack([w["positions_SD"][s] for s in range(ids_BS.shape[1])]) if "positions_SD" in w else x_BSD
 
 
-def trunk(model, w: dict[str, Tensor], biases: dict[str, list[float]], batch: Batch):
-    """The normed output of the last block, and the layers with experts by place."""
+def trunk(model, w: dict[str, Tensor], biases: dict[str, list[float]], batch: Batch, x_BSD: Tensor):
+    """The normed output of the last block, given the tokens' vectors, and the layers with experts by place."""
     found: dict[Where, Layer | GraphLayer] = {}
-    x_BSD = embedded(w, batch.ids_BS)
     for depth in range(model.layers):
         x_BSD, layers = any_block(model, w, f"blocks.{depth}", biases, x_BSD, batch, depth)
         found |= layers
@@ -283,10 +282,11 @@ class ClassLayer(Layer):
 
 def classify(model, w: dict[str, Tensor], biases: dict[str, list[float]], batch: Texts):
     """The logits of each text in training, and the layers with experts by place."""
+    words_BSD = word_vectors(model, w, batch)
     ids_BS, valid_BS = compacted(batch.ids_BS, batch.valid_BS, batch.seed, model.classifier.token_dropout)
     batch = Texts(ids_BS, batch.labels_BS, batch.split, batch.seed, valid_BS)
-    x_BSD, found = trunk(model, w, biases, batch)
-    result = head(model, w, biases, means(x_BSD, batch), batch)
+    x_BSD, found = trunk(model, w, biases, batch, words_BSD)
+    result = head(model, w, biases, text_vectors(model, x_BSD, batch), batch)
     if result.tokens:
         found |= {Where(model.layers, "head"): Layer("head", result.tokens, result.decisions, result.placed)}
     told = batch.classes, model.classifier.num_classes
@@ -299,7 +299,7 @@ def forward(model, w: dict[str, Tensor], biases: dict[str, list[float]], batch: 
     """Logits of the whole batch, first the model's, then those of each module, which ends where the text does; and the
     layers with experts by place."""
     to_tokens, head_bias = w.get("head.weight", w["embedding_VD"]).t(), w.get("head.bias", 0.0)
-    x_BSD, found = trunk(model, w, biases, batch)
+    x_BSD, found = trunk(model, w, biases, batch, embedded(w, batch.ids_BS))
     logits = [x_BSD @ to_tokens + head_bias]
     for k in range(model.mtp.depth):
         later, depth = k + 1, model.layers + k

@@ -4,18 +4,41 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from moe_train.config.base import Fraction, Strict
 
+Pool: TypeAlias = Literal["mean", "root"]
+"""How vectors of tokens become one of a text."""
+
+
+class NgramConfig(Strict):
+    """Vectors of runs of tokens, hashed into one table and added to the vector of a run's last token.
+
+    fastText, arXiv 1607.01759, section 2.2: so models that are small, or read no context, tell "not good" from "good".
+    """
+
+    longest: Annotated[int, Field(ge=2, le=4)] = 2
+    """Tokens of the longest runs; all lengths from 2 on are there."""
+    rows: PositiveInt = 65536
+    """Rows of the table; runs whose hashes meet share one."""
+    scale: PositiveFloat = 0.15
+    """Multiplies the vectors. Adam moves a row by about the learning rate whenever its run occurs, however rarely that
+    is: with less than 1 what is rare is learnt by heart more slowly."""
+
 
 class TextHeadConfig(Strict):
-    """What all heads over whole texts have in common: a text's vector is the mean of its tokens' final ones."""
+    """What all heads over whole texts have in common: a text's vector is made of its tokens' final ones."""
 
     num_classes: PositiveInt | None = None
     """Classes C; null: as many as the data has, and so it stands in a run's config.yaml."""
     token_dropout: Fraction = 0.0
     """Share of the tokens that training leaves out of a text, anew in each step."""
+    pool: Pool = "mean"
+    """How tokens' vectors become the text's: their mean, or their sum over the root of their number, with which many
+    words that agree say more than one."""
+    ngrams: NgramConfig | None = None
+    """Vectors of runs of tokens, of the whole text as it stands; null: none."""
 
 
 class LinearHeadConfig(TextHeadConfig):
@@ -28,7 +51,7 @@ class LinearHeadConfig(TextHeadConfig):
 class ExpertHeadConfig(TextHeadConfig):
     """Experts from the text's vector to the classes: model.ffn says how many, how they are chosen and kept even.
 
-    An expert is a network of linear maps with ReLU between; with model.layers=0 the vector is the mean of the tokens'
+    An expert is a network of linear maps with ReLU between; with model.layers=0 the vector is made of the tokens'
     embeddings.
     """
 

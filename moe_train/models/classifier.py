@@ -1,4 +1,4 @@
-"""A model that tells the class of a text: the trunk of a language model, the mean of a text's tokens, a head."""
+"""A model that tells the class of a text: the trunk of a language model, one vector of a text's tokens, a head."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moe_train.config.classifier import ExpertHeadConfig
+from moe_train.config.classifier import ExpertHeadConfig, Pool
 from moe_train.config.model import ModelConfig
+from moe_train.models.ngrams import NgramEmbedding
 from moe_train.models.transformer import Answer, ModelLosses, Passed, Transformer
 from moe_train.moe.balance import Balance
 from moe_train.moe.capacity import Capacity
@@ -39,7 +40,7 @@ class ClassifierOutput(Answer):
 
 
 class TextClassifier(Transformer):
-    """Embedding, blocks and norm of a language model, by the same names; the mean over a text's tokens; a head.
+    """Embedding, blocks and norm of a language model, by the same names; a text's vector; a head.
 
     The head is a linear map, or a layer with experts for which each text is a token. Its label is the largest of the
     text's labels: all others are IGNORE.
@@ -55,7 +56,9 @@ class TextClassifier(Transformer):
         super().__init__(config, vocab_size, exchange, dtype)
         assert config.tie_embeddings and not config.mtp.depth, "these are of language models"
         assert config.classifier is not None and config.classifier.num_classes, "the classes are counted before this"
-        self.token_dropout = config.classifier.token_dropout
+        self.token_dropout, self.pool = config.classifier.token_dropout, config.classifier.pool
+        ngrams = config.classifier.ngrams
+        self.ngrams = None if ngrams is None else NgramEmbedding(ngrams, config.dim, config.init_std)
         self.head = build_head(config, exchange)
 
     @property
@@ -63,22 +66,29 @@ class TextClassifier(Transformer):
         """The head, if it has experts."""
         return {LayerKey(self.config.layers, PART): self.head} if isinstance(self.head, MoELayer) else {}
 
-    def seen(self, tokens_BS: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingContext]:
-        """Return the tokens [B, S] that training leaves in, first in their rows, and their context; else all.
+    def vectors(self, tokens_BS: Tensor) -> Tensor:
+        """Return the tokens' vectors [B, S, D], with those of the runs that end with them."""
+        x_BSD = super().vectors(tokens_BS)
+        return x_BSD if self.ngrams is None else x_BSD + self.ngrams(tokens_BS)
 
-        What is left of a text is a text: in attention, positions and routing nothing tells where a token was.
+    def seen(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingContext]:
+        """Return the vectors [B, S, D] of the tokens that training leaves in, first in their rows, and their context.
+
+        What is left of a text is a text: in attention, positions and routing nothing tells where a token was. But runs
+        of tokens are those of the whole text: made of what is left they would be runs that nobody wrote.
         """
         if not (self.training and self.token_dropout):
-            return tokens_BS, context
+            return x_BSD, context
         kept_BS = kept_tokens(context, self.token_dropout)
         order_BS = (~kept_BS).to(torch.int8).argsort(dim=1, stable=True)
-        tokens_BS = tokens_BS.gather(1, order_BS)
-        return tokens_BS, replace(context, ids_BS=tokens_BS, valid_BS=kept_BS.gather(1, order_BS))
+        x_BSD = x_BSD.gather(1, order_BS.unsqueeze(2).expand_as(x_BSD))
+        ids_BS, valid_BS = (values_BS.gather(1, order_BS) for values_BS in (context.ids_BS, kept_BS))
+        return x_BSD, replace(context, ids_BS=ids_BS, valid_BS=valid_BS)
 
     def answer(self, passed: Passed, targets: Sequence[Tensor] | None) -> Answer:
         """Return `ClassifierOutput`; given the labels [B, S] `ModelLosses`, and given none the records alone."""
         context = passed.context
-        text_BD = mean_of_valid(passed.x_BSD, context.valid_BS)
+        text_BD = pooled(passed.x_BSD, context.valid_BS, self.pool)
         logits_BC, more = self.classify(text_BD.to(self.dtype), context.texts().at_layer(self.config.layers))
         records = (*passed.records, *more)
         if targets is None:
@@ -123,10 +133,17 @@ def kept_tokens(context: RoutingContext, dropout: float) -> Tensor:
     return valid_BS & ((draws_BS >= dropout) | (draws_BS == draws_BS.amax(dim=1, keepdim=True)))
 
 
-def mean_of_valid(x_BSD: Tensor, valid_BS: Tensor | None) -> Tensor:
-    """Return the mean [B, D] over the valid positions of each row, at least fp32; zeros for a row that has none."""
+def pooled(x_BSD: Tensor, valid_BS: Tensor | None, pool: Pool) -> Tensor:
+    """Return one vector [B, D] for the n valid positions of each row, at least fp32; zeros for a row that has none.
+
+    Args:
+        x_BSD: [B, S, D].
+        valid_BS: [B, S] bool; None: all are valid.
+        pool: mean: sum / n; root: sum / √n.
+    """
     precise_BSD = x_BSD.to(torch.promote_types(x_BSD.dtype, torch.float32))
     if valid_BS is None:
-        return precise_BSD.mean(dim=1)
+        valid_BS = torch.ones_like(x_BSD[..., 0], dtype=torch.bool)
     sums_BD = precise_BSD.masked_fill(~valid_BS.unsqueeze(2), 0.0).sum(dim=1)
-    return sums_BD / valid_BS.sum(dim=1, keepdim=True).clamp(min=1)
+    numbers_B1 = valid_BS.sum(dim=1, keepdim=True).clamp(min=1).to(precise_BSD.dtype)
+    return sums_BD / (numbers_B1 if pool == "mean" else numbers_B1.sqrt())

@@ -76,7 +76,9 @@ def count(config: ModelConfig, vocab_size: int, seq_len: int) -> Counts:
     blocks = total(block_size(config, layer) for layer in range(config.layers))
     blocks += norm_size(config) if config.layers else Size()
     modules, depth, head = mtp_size(config), config.mtp.depth, head_size(config)
-    matrices = positions + head_bias + (embedding if config.tie_embeddings else 2 * embedding)
+    matrices = (
+        ngram_parameters(config) + positions + head_bias + (embedding if config.tie_embeddings else 2 * embedding)
+    )
     output = 0 if config.classifier else embedding + head_bias
     per_token = head.multiplied / seq_len if config.classifier else embedding
     return Counts(
@@ -92,6 +94,12 @@ def count(config: ModelConfig, vocab_size: int, seq_len: int) -> Counts:
             seq_len,
         ),
     )
+
+
+def ngram_parameters(config: ModelConfig) -> int:
+    """Return the entries of the table of runs of tokens; it is looked up, as an embedding is."""
+    ngrams = config.classifier.ngrams if config.classifier else None
+    return ngrams.rows * config.dim if ngrams else 0
 
 
 def head_size(config: ModelConfig) -> Size:

@@ -68,8 +68,8 @@ class Passed:
 
     Attributes:
         x_BSD: [B, S, D] normed output of the last block.
-        tokens_BS: [B, S] int64, the tokens that passed.
-        context: of them.
+        tokens_BS: [B, S] int64, the tokens that the model was given.
+        context: of those that passed.
         rotary: table of their positions; None: these enter elsewhere.
         records: of the blocks' layers with experts.
     """
@@ -154,10 +154,10 @@ class Transformer(nn.Module):
             memory: of the text so far, which these tokens continue and are added to; in evaluation. None: they begin
                 a text.
         """
-        tokens_BS, context = self.seen(tokens_BS, context or RoutingContext.of(tokens_BS))
         first = 0 if memory is None else memory.length
         rotary = self.rotations(tokens_BS, first)
-        x_BSD = self.embed(tokens_BS, first)
+        x_BSD, context = self.seen(self.vectors(tokens_BS), context or RoutingContext.of(tokens_BS))
+        x_BSD = self.placed(x_BSD, first)
         records: list[LayerRecord] = []
         for depth, block in enumerate(self.blocks):
             place = context.at_layer(depth)
@@ -168,9 +168,9 @@ class Transformer(nn.Module):
             memory.length += tokens_BS.shape[1]
         return self.answer(Passed(self.norm(x_BSD), tokens_BS, context, rotary, tuple(records)), targets)
 
-    def seen(self, tokens_BS: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingContext]:
-        """Return the tokens [B, S] that pass the blocks, and their context: all."""
-        return tokens_BS, context
+    def seen(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingContext]:
+        """Return the vectors [B, S, D] of the tokens that pass the blocks, and their context: all."""
+        return x_BSD, context
 
     def answer(self, passed: Passed, targets: Sequence[Tensor] | None) -> Answer:
         """Return logits or losses of what passed the blocks: `ModelOutput` or `ModelLosses`, as `forward` says."""
@@ -183,11 +183,14 @@ class Transformer(nn.Module):
         logits_BSV, *ahead_BSV = map(self.score, hidden)
         return ModelOutput(logits_BSV, tuple(ahead_BSV), records=found)
 
-    def embed(self, tokens_BS: Tensor, first: int = 0) -> Tensor:
-        """Return the tokens' vectors [B, S, D]; learned positions, from ``first`` on, are added."""
-        x_BSD = F.embedding(tokens_BS, self.embedding_VD)
+    def vectors(self, tokens_BS: Tensor) -> Tensor:
+        """Return the tokens' vectors [B, S, D] in the dtype of the weights, wherever they stand."""
+        return F.embedding(tokens_BS, self.embedding_VD)
+
+    def placed(self, x_BSD: Tensor, first: int = 0) -> Tensor:
+        """Return tokens' vectors as blocks take them; learned positions, from ``first`` on, are added."""
         if self.positions_SD is not None:
-            x_BSD = x_BSD + self.positions_SD[first : first + tokens_BS.shape[1]]
+            x_BSD = x_BSD + self.positions_SD[first : first + x_BSD.shape[1]]
         return x_BSD.to(self.dtype)
 
     def rotations(self, tokens_BS: Tensor, first: int = 0) -> Rotary | None:
@@ -221,7 +224,7 @@ class Transformer(nn.Module):
         """Run the modules of multi-token prediction one after the other, from the model's normed output."""
         outputs: list[BlockOutput] = []
         for k, module in enumerate(self.mtp):
-            embedded_BSD = self.embed(ahead(passed.tokens_BS, k + 1))
+            embedded_BSD = self.placed(self.vectors(ahead(passed.tokens_BS, k + 1)))
             place = passed.context.ahead(k + 1).at_layer(self.config.layers + k)
             before_BSD = outputs[-1].x_BSD if outputs else passed.x_BSD
             outputs.append(module(before_BSD, embedded_BSD, passed.rotary, place))

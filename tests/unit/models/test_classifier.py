@@ -17,7 +17,7 @@ from moe_train.models.classifier import (
     TextClassifier,
     build_head,
     kept_tokens,
-    mean_of_valid,
+    pooled,
 )
 from moe_train.models.counts import count, head_size
 from moe_train.models.transformer import ModelLosses, Transformer
@@ -33,6 +33,8 @@ KINDS = {
     "causal": ("model.classifier.kind=linear",),
     "no block": ("model.classifier.kind=experts", "model.layers=0", "model.ffn.router.kind=topk_softmax",
                  "model.ffn.router.gate_dim=5"),
+    "runs of words": ("model.classifier.kind=linear", "model.classifier.pool=root",
+                      "+model.classifier.ngrams.longest=3", "+model.classifier.ngrams.rows=13"),
     "experts everywhere": ("model.classifier.kind=experts", "model.attention.causal=false", "model.norm=layer"),
 }  # fmt: skip
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
@@ -141,19 +143,20 @@ def test_counted_as_built(kind: str) -> None:
     assert count(model.config, VOCAB, 8).total == sum(p.numel() for p in model.parameters())
 
 
-def test_the_mean_is_over_valid_places() -> None:
+def test_a_texts_vector_is_of_its_valid_places() -> None:
     x_BSD = random(3, 4, 5)
     valid_BS = torch.tensor([[True] * 4, [True, False, True, False], [False] * 4])
-    mean_BD = mean_of_valid(x_BSD, valid_BS)
-    torch.testing.assert_close(mean_BD[0], mean_of_valid(x_BSD, None)[0])
+    mean_BD = pooled(x_BSD, valid_BS, "mean")
+    torch.testing.assert_close(mean_BD[0], pooled(x_BSD, None, "mean")[0])
     torch.testing.assert_close(mean_BD[1], (x_BSD[1, 0] + x_BSD[1, 2]) / 2)
     assert not mean_BD[2].any()
-    assert mean_of_valid(x_BSD.bfloat16(), valid_BS).dtype == torch.float32
+    torch.testing.assert_close(pooled(x_BSD, valid_BS, "root"), mean_BD * torch.tensor([[4.0], [2.0], [1.0]]).sqrt())
+    assert pooled(x_BSD.bfloat16(), valid_BS, "mean").dtype == torch.float32
 
 
-@EACH_KIND
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "runs of words"])
 def test_words_left_out_are_as_if_they_had_never_been_there(kind: str) -> None:
-    """Training with dropout is training of the shorter texts without it."""
+    """Training with dropout is training of the shorter texts without it; but for runs, which are the whole text's."""
     model = built(kind, "model.classifier.token_dropout=0.5").train()
     tokens_BS, context, labels_BS = texts_of([7, 3, 0, 1])
     kept_BS = kept_tokens(context, 0.5)
