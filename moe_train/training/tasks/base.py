@@ -15,6 +15,24 @@ Figures: TypeAlias = dict[str, Any]
 """What an evaluation found, by the keys of a record of kind ``eval``: numbers, lists, names."""
 
 
+def own_steps(config: TrainConfig, world: World, micro_batch: int) -> dict[str, int]:
+    """Return what a loader has to know of the batches, and which part of them is this rank's.
+
+    Args:
+        config: of the run.
+        world: the processes.
+        micro_batch: sequences per rank and forward pass.
+    """
+    return {
+        "seq_len": config.data.seq_len,
+        "global_batch": config.train.global_batch,
+        "micro_batch": micro_batch,
+        "rank": world.rank,
+        "world_size": world.size,
+        "seed": config.run.seed,
+    }
+
+
 class Texts(Protocol):
     """What the texts of every task have."""
 

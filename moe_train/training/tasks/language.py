@@ -12,7 +12,7 @@ from moe_train.dist.mesh import Mesh
 from moe_train.dist.world import World
 from moe_train.models.transformer import Transformer
 from moe_train.training.evaluate import evaluate
-from moe_train.training.tasks.base import Figures
+from moe_train.training.tasks.base import Figures, own_steps
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,7 @@ class LanguageModelling:
 
     def loader(self, world: World, micro_batch: int) -> TrainLoader:
         """Return windows of the stream."""
-        return TrainLoader(
-            self.texts.train,
-            seq_len=self.config.data.seq_len,
-            global_batch=self.config.train.global_batch,
-            micro_batch=micro_batch,
-            rank=world.rank,
-            world_size=world.size,
-            seed=self.config.run.seed,
-        )
+        return TrainLoader(self.texts.train, **own_steps(self.config, world, micro_batch))
 
     def told_size(self) -> str:
         """Return the tokens of the stream."""

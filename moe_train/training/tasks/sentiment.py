@@ -16,7 +16,7 @@ from moe_train.errors import ConfigError, Problem
 from moe_train.models.transformer import Transformer
 from moe_train.observe.classes import collapses
 from moe_train.training.judge import judge
-from moe_train.training.tasks.base import Figures
+from moe_train.training.tasks.base import Figures, own_steps
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,7 @@ class Classification:
 
     def loader(self, world: World, micro_batch: int) -> TextLoader:
         """Return whole texts, cut to data.seq_len."""
-        return TextLoader(
-            self.texts.train,
-            seq_len=self.config.data.seq_len,
-            global_batch=self.config.train.global_batch,
-            micro_batch=micro_batch,
-            rank=world.rank,
-            world_size=world.size,
-            seed=self.config.run.seed,
-        )
+        return TextLoader(self.texts.train, **own_steps(self.config, world, micro_batch))
 
     def told_size(self) -> str:
         """Return texts, their tokens, the classes, and what was left out."""

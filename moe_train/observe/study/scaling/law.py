@@ -5,7 +5,7 @@
 Without experts (E = 1) it is that of Hoffmann et al. (arXiv 2203.15556, eq. 2). Experts divide the term of the size by
 a power of E, as in Clark et al. (arXiv 2202.01169), and multiply that of the tokens by one: more weights need more text
 (as in the joint law of Ludziejewski et al., arXiv 2502.05172, whose exponents α and β change with E; here they do not).
-Granularity acts through a power of G (Krajewski et al., arXiv 2402.07871, eq. 9, without its constant a), and only
+Granularity acts through a power of G (Krajewski et al., arXiv 2402.07871, without its constant a), and only
 where there are experts to choose from: its exponent is γ ln E, which is zero in a dense model.
 """
 
