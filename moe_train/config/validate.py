@@ -260,12 +260,12 @@ def suggestion(key: str, siblings: list[str], schema: type[BaseModel]) -> str:
     beside = [f"{parent}.{name}".lstrip(".") for name in difflib.get_close_matches(leaf, siblings, n=1)]
     by_leaf = {path.rpartition(".")[2]: path for path in paths}
     similar = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1)]
-    found = most_alike(key, elsewhere) or beside or difflib.get_close_matches(key, paths, n=1) or similar
+    found = most_alike(key, elsewhere + beside) or difflib.get_close_matches(key, paths, n=1) or similar
     return f"did you mean {found[0]}?" if found and found[0] != key else "see --cfg job for all keys"
 
 
 def most_alike(key: str, paths: list[str]) -> list[str]:
-    """Return the path among those with the right last part that is most like ``key``, if there is any."""
+    """Return the path that is most like ``key``, if there is any."""
     return sorted(paths, key=lambda path: -difflib.SequenceMatcher(None, key, path).ratio())[:1]
 
 
