@@ -106,6 +106,8 @@ class TokenizerConfig(Strict):
     """bpe: byte-level BPE trained on the corpus; file: any tokenizer.json; bytes: the 256 byte values."""
     vocab_size: Annotated[int, Field(ge=258)] = 4096
     """bpe: number of tokens, the boundary token included."""
+    lowercase: bool = False
+    """bpe: read capitals as small letters, with which few texts teach more of each word; no capital is ever written."""
     path: str | None = None
     """file: path of a tokenizer.json."""
     boundary_token: str | None = None

@@ -65,13 +65,13 @@ class Encoder:
             return Tokenizer.of_bytes()
         if self.tokenizer_config.kind == "file":
             return Tokenizer.from_config_file(self.tokenizer_config)
-        vocab_size = self.tokenizer_config.vocab_size
         cache = Path(self.data.cache_dir).expanduser()
-        name = f"bpe_{vocab_size}_{found.content[:16]}"
+        letters = "lower_" if self.tokenizer_config.lowercase else ""
+        name = f"bpe_{letters}{self.tokenizer_config.vocab_size}_{found.content[:16]}"
         path = cache / "tokenizers" / f"{name}.json"
         with exclusive(cache / "locks" / f"{name}.lock"):
             if not path.is_file():
-                Tokenizer.train_bpe(self._sample(found), vocab_size).save(path)
+                Tokenizer.train_bpe(self._sample(found), self.tokenizer_config).save(path)
         return Tokenizer.load(path)
 
     def _sample(self, found: Survey) -> Iterator[str]:

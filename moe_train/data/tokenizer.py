@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from moe_train.config.schema import TokenizerConfig
 from moe_train.data.files import write_atomically
@@ -90,16 +90,18 @@ class Tokenizer:
         return cls(_byte_level(models.BPE(vocab=vocab, merges=[]), use_regex=False), BOUNDARY_TOKEN)
 
     @classmethod
-    def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    def train_bpe(cls, texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         """Train a byte-level BPE (Radford et al. 2019, section 2.2) on a stream of texts.
 
         Args:
             texts: read once, never held together.
-            vocab_size: number of tokens, the boundary included; a small corpus may give fewer.
+            config: how many tokens, the boundary included (a small corpus may give fewer), and whether capitals count.
         """
         pipeline = _byte_level(models.BPE(), use_regex=True)
+        if config.lowercase:
+            pipeline.normalizer = normalizers.Lowercase()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=config.vocab_size,
             special_tokens=[BOUNDARY_TOKEN],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,

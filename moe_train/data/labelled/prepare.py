@@ -143,7 +143,7 @@ class LabelledEncoder:
         if self.tokenizer_config.kind == "file":
             return Tokenizer.from_config_file(self.tokenizer_config)
         with self.progress("training the tokenizer", byte_length(texts)) as advance:
-            return Tokenizer.train_bpe(told(texts, advance), self.tokenizer_config.vocab_size)
+            return Tokenizer.train_bpe(told(texts, advance), self.tokenizer_config)
 
     def _write(self, split: Split, found: Collection, rows_N: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
         """Write the files of a split, texts without tokens left out; return its index."""

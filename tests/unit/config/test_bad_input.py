@@ -153,3 +153,8 @@ def test_a_sweep_over_a_group_of_single_options_is_not_told_to_write_a_list() ->
 
 def test_a_message_holds_no_trace_of_hydra() -> None:
     assert str(problems_of("model=sparse_tny")[0]).startswith("model=sparse_tny: Could not find 'model/sparse_tny'; ")
+
+
+def test_lower_case_of_bytes() -> None:
+    (problem,) = problems_of("tokenizer=bytes", "tokenizer.lowercase=true")
+    assert problem.key == "tokenizer.lowercase" and "kind=bytes reads text as it is" in problem.rule

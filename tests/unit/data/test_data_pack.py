@@ -172,7 +172,7 @@ def test_manifest_of_another_format_is_refused(prepare_texts, some_texts):
 
 def test_replaced_tokenizer_is_noticed(prepare_texts, some_texts):
     corpus = prepare_texts(some_texts)
-    Tokenizer.train_bpe(["other"], 260).save(corpus.folder / "tokenizer.json")
+    Tokenizer.train_bpe(["other"], TokenizerConfig(vocab_size=260)).save(corpus.folder / "tokenizer.json")
     with pytest.raises(DataError, match="not the tokenizer that made the tokens"):
         corpus.tokenizer()
 
@@ -234,6 +234,13 @@ def test_corpus_that_changes_meanwhile_is_noticed(make_data, some_texts, monkeyp
         prepare(make_data(some_texts), tokenizer, None, no_progress)
 
 
+def test_capitals_are_part_of_what_was_prepared(make_data, some_texts):
+    data, lower = make_data(some_texts), TokenizerConfig(kind="bpe", vocab_size=280, lowercase=True)
+    as_written, small = (prepare(data, chosen, None, no_progress) for chosen in (BPE, lower))
+    assert as_written.folder != small.folder
+    assert small.tokenizer().encode("A") == small.tokenizer().encode("a") != as_written.tokenizer().encode("A")
+
+
 def test_bpe_is_trained_once_per_corpus(make_data, some_texts, monkeypatch):
     prepare(make_data(some_texts), BPE, None, no_progress)
     monkeypatch.setattr(Tokenizer, "train_bpe", lambda *arguments: pytest.fail("trained again"))
@@ -243,7 +250,7 @@ def test_bpe_is_trained_once_per_corpus(make_data, some_texts, monkeypatch):
 def test_bpe_of_a_large_corpus_sees_a_sample_without_heldout_documents(make_data, some_texts, monkeypatch):
     monkeypatch.setattr("moe_train.data.encode.BPE_SAMPLE_BYTES", 800)
     train_bpe, seen = Tokenizer.train_bpe, []
-    monkeypatch.setattr(Tokenizer, "train_bpe", lambda texts, size: train_bpe(seen.extend(texts) or seen, size))
+    monkeypatch.setattr(Tokenizer, "train_bpe", lambda texts, config: train_bpe(seen.extend(texts) or seen, config))
     corpus = prepare(make_data(some_texts), BPE, None, no_progress)
     assert 200 < sum(len(text.encode()) for text in seen) < 1600
     assert not set(seen) & set(decoded(corpus, "heldout"))

@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models
 
+from moe_train.config.schema import TokenizerConfig
 from moe_train.data.tokenizer import BOUNDARY_TOKEN, Tokenizer, byte_characters
 from moe_train.errors import DataError
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "Ünïcödé  \n\t spaces"] * 20
-BPE = Tokenizer.train_bpe(TEXTS, 280)
+BPE = Tokenizer.train_bpe(TEXTS, TokenizerConfig(vocab_size=280))
 BYTES = Tokenizer.of_bytes()
 BOTH = pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
 
@@ -27,6 +28,16 @@ def test_round_trip(tokenizer, text):
     assert np.array_equal(tokenizer.encode_batch([text])[0], ids)
 
 
+def test_lower_case_makes_one_word_of_all_ways_to_write_it(tmp_path):
+    lower = Tokenizer.train_bpe(TEXTS, TokenizerConfig(vocab_size=280, lowercase=True))
+    assert lower.encode("The CAT") == lower.encode("the cat") == BPE.encode("the cat")
+    assert lower.decode(lower.encode("Ünïcödé, THE")) == "ünïcödé, the"
+    lower.save(tmp_path / "tokenizer.json")
+    again = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert again.encode("The CAT") == lower.encode("the cat")
+    assert again.fingerprint == lower.fingerprint != BPE.fingerprint
+
+
 def test_bytes_are_their_values():
     assert BYTES.encode("Aé\n") == list("Aé\n".encode())
     assert (BYTES.vocab_size, BYTES.boundary_id) == (257, 256)
@@ -39,8 +50,8 @@ def test_bpe_joins_bytes_up_to_the_vocabulary():
 
 
 def test_bpe_training_is_deterministic():
-    assert Tokenizer.train_bpe(iter(TEXTS), 280).fingerprint == BPE.fingerprint
-    assert Tokenizer.train_bpe(TEXTS, 270).fingerprint != BPE.fingerprint
+    assert Tokenizer.train_bpe(iter(TEXTS), TokenizerConfig(vocab_size=280)).fingerprint == BPE.fingerprint
+    assert Tokenizer.train_bpe(TEXTS, TokenizerConfig(vocab_size=270)).fingerprint != BPE.fingerprint
 
 
 @BOTH

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from moe_train.config.schema import SampleConfig, TrainConfig
+from moe_train.config.schema import SampleConfig, TokenizerConfig, TrainConfig
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.interop.card import heldout_loss, model_card
 from moe_train.interop.companions import companions, generation_config, longest_text
@@ -28,7 +28,7 @@ TEXT = [
 
 
 def bpe():
-    return Tokenizer.train_bpe([" ".join(TEXT) * 20], 300)
+    return Tokenizer.train_bpe([" ".join(TEXT) * 20], TokenizerConfig(vocab_size=300))
 
 
 def file_that_adds_tokens():

@@ -71,9 +71,9 @@ def test_the_tokenizer_never_sees_a_heldout_text(make_labelled, some_rows, monke
     seen = []
     train_bpe = Tokenizer.train_bpe
 
-    def watched(texts, vocab_size):
+    def watched(texts, config):
         seen.extend(texts)
-        return train_bpe(seen, vocab_size)
+        return train_bpe(seen, config)
 
     monkeypatch.setattr(Tokenizer, "train_bpe", watched)
     corpus = open_labelled(make_labelled(some_rows), BPE, SentimentTask(), lambda work: work())
@@ -93,7 +93,7 @@ def test_copies_are_removed_before_the_split_and_said(open_rows, some_rows):
 
 
 def test_texts_without_tokens_are_left_out(open_rows, some_rows, tmp_path):
-    Tokenizer.train_bpe(["abc"], 280).save(tmp_path / "tokenizer.json")
+    Tokenizer.train_bpe(["abc"], TokenizerConfig(vocab_size=280)).save(tmp_path / "tokenizer.json")
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Replace", "pattern": {"String": "∅"}, "content": ""}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
