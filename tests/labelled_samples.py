@@ -13,6 +13,6 @@ class MadeStore:
         self.labels_N = np.array(labels if labels else [i % 3 for i in range(len(lengths))], dtype=np.int64)
         self.num_texts = len(lengths)
 
-    def tokens(self, number: int, limit: int | None = None) -> np.ndarray:
-        length = int(self.lengths_N[number])
+    def tokens(self, number: int, first: int = 0, limit: int | None = None) -> np.ndarray:
+        length = int(self.lengths_N[number]) - first
         return np.full(length if limit is None else min(length, limit), number, dtype=np.int64)

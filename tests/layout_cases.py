@@ -279,7 +279,8 @@ TEXTS = [
           *router("topk_softmax", "gate_dim=7", "jitter=0.2"),
           *loss("importance_load", "importance_coef=0.2", "load_coef=0.0")), padding="uneven"),
     Case("experts in causal blocks and in the head, moved biases, losses per sequence, ranks without texts",
-         (*classifier("kind=experts", "hidden_dims=[6]"), *router("sigmoid"), *loss("loss_free", "rate=0.05"),
+         (*classifier("kind=experts", "hidden_dims=[6]", "token_norm=false"), *router("sigmoid"),
+          *loss("loss_free", "rate=0.05"),
           *loss("aux", "scope=sequence"), *ffn("first_dense=1")), start_bias=0.3, padding="whole ranks"),
 ]  # fmt: skip
 """What tells the class of a text."""

@@ -265,7 +265,8 @@ def trunk(model, w: dict[str, Tensor], biases: dict[str, list[float]], batch: Ba
     for depth in range(model.layers):
         x_BSD, layers = any_block(model, w, f"blocks.{depth}", biases, x_BSD, batch, depth)
         found |= layers
-    return normed(model, w, "norm", x_BSD) if model.layers else x_BSD, found
+    sizes_count = not model.layers or (model.classifier and not model.classifier.token_norm)
+    return x_BSD if sizes_count else normed(model, w, "norm", x_BSD), found
 
 
 @dataclass

@@ -37,6 +37,9 @@ class TextHeadConfig(Strict):
     pool: Pool = "mean"
     """How tokens' vectors become the text's: their mean, or their sum over the root of their number, with which many
     words that agree say more than one."""
+    token_norm: bool = True
+    """Tokens' vectors pass the model's last norm before that; false: their sizes say how much each token counts, as
+    they always do with model.layers=0."""
     ngrams: NgramConfig | None = None
     """Vectors of runs of tokens, of the whole text as it stands; null: none."""
 

@@ -37,7 +37,9 @@ def data_problems(data: DataConfig, tokenizer: TokenizerConfig) -> Iterator[Prob
     if tokenizer.kind == "file" and tokenizer.path is None:
         yield Problem("tokenizer.path", None, "is required for tokenizer.kind=file", "set it to a tokenizer.json")
     if tokenizer.lowercase and tokenizer.kind != "bpe":
-        yield Problem("tokenizer.lowercase", True, f"tokenizer.kind={tokenizer.kind} reads text as it is", "leave it out")
+        yield Problem(
+            "tokenizer.lowercase", True, f"tokenizer.kind={tokenizer.kind} reads text as it is", "leave it out"
+        )
 
 
 def model_problems(model: ModelConfig) -> Iterator[Problem]:

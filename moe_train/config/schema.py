@@ -56,6 +56,10 @@ SourceName: TypeAlias = Literal[
 ]
 
 
+TextWindow: TypeAlias = Literal["first", "random"]
+"""Which tokens of a text are read when it is longer than a sequence."""
+
+
 class SourceConfig(Strict):
     """Where documents come from."""
 
@@ -88,7 +92,10 @@ class DataConfig(SourceConfig):
     parts: dict[str, MixPart] = Field(default={})
     """mix: the components by domain label."""
     seq_len: PositiveInt = 256
-    """Positions per sequence, in tokens; task=sentiment: a longer text keeps its first tokens."""
+    """Positions per sequence, in tokens; task=sentiment: of a longer text so many tokens are read."""
+    window: TextWindow = "first"
+    """task=sentiment: which tokens of a longer text training reads. first: those that evaluation always reads; random:
+    from a place that is drawn anew in each epoch."""
     heldout_fraction: Fraction = 0.05
     """Share of the documents kept out of training, for evaluation; of labelled texts, of each class."""
     split_seed: NonNegativeInt = 0

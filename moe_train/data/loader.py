@@ -121,10 +121,11 @@ class StepLoader(ABC):
         """Return what the order of the samples depends on."""
 
     @abstractmethod
-    def _read_batches(self, samples_N: np.ndarray, own_MB: np.ndarray) -> list[Batch]:
+    def _read_batches(self, first: int, samples_N: np.ndarray, own_MB: np.ndarray) -> list[Batch]:
         """Return this rank's micro-batches of a step.
 
         Args:
+            first: number of the step's first sample among all that are ever handed out.
             samples_N: int64, the samples of the step over all ranks, in their order.
             own_MB: int64, places of this rank's samples among them, a row per micro-batch.
         """
@@ -135,7 +136,7 @@ class StepLoader(ABC):
         for epoch in np.unique(numbers_N // self.num_samples):
             here = numbers_N // self.num_samples == epoch
             samples_N[here] = permute(numbers_N[here] % self.num_samples, self.num_samples, self.seed, int(epoch))
-        return self._read_batches(samples_N, self._own_MB)
+        return self._read_batches(first, samples_N, self._own_MB)
 
 
 class TrainLoader(StepLoader):
@@ -177,7 +178,7 @@ class TrainLoader(StepLoader):
     def _order(self) -> dict[str, int]:
         return {"seed": self.seed, "seq_len": self.seq_len, "num_tokens": self.store.num_tokens}
 
-    def _read_batches(self, samples_N: np.ndarray, own_MB: np.ndarray) -> list[Batch]:
+    def _read_batches(self, first: int, samples_N: np.ndarray, own_MB: np.ndarray) -> list[Batch]:
         return [self._read_batch(samples_N[places_B], int(places_B[0])) for places_B in own_MB]
 
     def _read_batch(self, samples_B: np.ndarray, first_sequence: int) -> Batch:

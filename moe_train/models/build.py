@@ -29,6 +29,16 @@ from moe_train.moe.routers import build_router
 ExpertsKind = TypeVar("ExpertsKind", bound=ExpertNetworks)
 
 
+def has_last_norm(config: ModelConfig) -> bool:
+    """Whether tokens' vectors pass a norm after the last block.
+
+    Without blocks they are the embedding's own: their sizes are learnt and say how much a word counts. A classifier
+    may keep its sizes behind blocks, too.
+    """
+    keeps_sizes = config.classifier is not None and not config.classifier.token_norm
+    return config.layers > 0 and not keeps_sizes
+
+
 def is_moe_layer(config: FFNConfig, layer: int) -> bool:
     """Whether layer number ``layer`` (from 0) is MoE: after the first dense ones, the last of each ``every``."""
     return config.num_experts > 0 and layer >= config.first_dense and (layer + 1) % config.every == 0

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from moe_train.config.classifier import ExpertHeadConfig
 from moe_train.config.model import ModelConfig
+from moe_train.models.build import has_last_norm
 from moe_train.models.sizes import (
     Size,
     block_products,
@@ -74,7 +75,7 @@ def count(config: ModelConfig, vocab_size: int, seq_len: int) -> Counts:
     embedding, positions = rows * config.dim, (config.max_positions or 0) * config.dim
     head_bias = rows if config.head_bias else 0
     blocks = total(block_size(config, layer) for layer in range(config.layers))
-    blocks += norm_size(config) if config.layers else Size()
+    blocks += norm_size(config) if has_last_norm(config) else Size()
     modules, depth, head = mtp_size(config), config.mtp.depth, head_size(config)
     matrices = (
         ngram_parameters(config) + positions + head_bias + (embedding if config.tie_embeddings else 2 * embedding)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from moe_train.config.model import ModelConfig
 from moe_train.models.attention import rotary_width
 from moe_train.models.blocks import BlockOutput, MTPModule, TransformerBlock
-from moe_train.models.build import build_block
+from moe_train.models.build import build_block, has_last_norm
 from moe_train.models.memory import TextMemory
 from moe_train.moe.context import RoutingContext, ahead
 from moe_train.moe.exchange import Exchange
@@ -107,8 +107,8 @@ class Transformer(nn.Module):
         self.register_parameter("positions_SD", learned)
         self.roles = {name: Role(Kind.DENSE, config.init_std) for name in ("embedding_VD", "positions_SD")}
         self.blocks = nn.ModuleList(build_block(config, layer, exchange) for layer in range(config.layers))
-        # Without blocks the sizes of the words' vectors are learnt, and say how much a word counts.
-        self.norm = build_norm(config.norm, config.dim, config.norm_eps) if config.layers else nn.Identity()
+        has_norm = has_last_norm(config)
+        self.norm = build_norm(config.norm, config.dim, config.norm_eps) if has_norm else nn.Identity()
         tied = config.tie_embeddings
         self.head = None if tied else Linear(config.dim, vocab_size, config.init_std, config.head_bias)
         self.mtp = nn.ModuleList(

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from moe_train.config.schema import TextWindow
 from moe_train.data.labelled.store import TextStore
 from moe_train.data.loader import Batch, StepLoader
+from moe_train.data.permutation import splitmix64
 from moe_train.errors import DataError, Problem
 from moe_train.ops.loss import IGNORE
 
@@ -17,7 +19,7 @@ LENGTH_MULTIPLE = 16
 
 
 class TextLoader(StepLoader):
-    """Steps over texts: a sample is a text, cut to its first ``seq_len`` tokens.
+    """Steps over texts: a sample is a text, or ``seq_len`` tokens of a longer one.
 
     All micro-batches of a step, on all ranks, are as long as the longest text of the step needs: shapes depend on no
     layout.
@@ -32,6 +34,7 @@ class TextLoader(StepLoader):
         rank: int,
         world_size: int,
         seed: int,
+        window: TextWindow = "first",
     ) -> None:
         """Start at the first text of the order.
 
@@ -42,7 +45,8 @@ class TextLoader(StepLoader):
             micro_batch: B, texts per rank and micro-batch.
             rank: this rank.
             world_size: number of ranks.
-            seed: of the order.
+            seed: of the order, and of the windows.
+            window: which tokens of a longer text are read.
 
         Raises:
             DataError: there are fewer texts than one global batch.
@@ -52,14 +56,36 @@ class TextLoader(StepLoader):
             raise DataError(Problem("data", None, rule, "give more texts, or lower train.global_batch"))
         self.store = store
         self.seq_len = seq_len
+        self.window = window
         super().__init__(store.num_texts, global_batch, micro_batch, rank, world_size, seed)
 
     def _order(self) -> dict[str, int]:
         return {"seed": self.seed, "seq_len": self.seq_len, "num_texts": self.store.num_texts}
 
-    def _read_batches(self, samples_N: np.ndarray, own_MB: np.ndarray) -> list[Batch]:
+    def _read_batches(self, first: int, samples_N: np.ndarray, own_MB: np.ndarray) -> list[Batch]:
         length = padded_length(self.store, samples_N, self.seq_len)
-        return [text_batch(self.store, samples_N[places_B], length, int(places_B[0])) for places_B in own_MB]
+        starts_N = np.zeros_like(samples_N)
+        if self.window == "random":
+            starts_N = window_starts(first, self.store.lengths_N[samples_N], self.seq_len, self.seed)
+        return [
+            text_batch(self.store, samples_N[places_B], length, int(places_B[0]), starts_B=starts_N[places_B])
+            for places_B in own_MB
+        ]
+
+
+def window_starts(first: int, lengths_N: np.ndarray, seq_len: int, seed: int) -> np.ndarray:
+    """Return where the windows of texts begin, int64 [N]: anywhere, each place as likely as the others.
+
+    Args:
+        first: number of the first text among all that are ever handed out: the same text begins elsewhere each time.
+        lengths_N: tokens of the texts.
+        seq_len: tokens of a window; a text that is no longer begins at 0.
+        seed: of the draws.
+    """
+    numbers_N = np.arange(first, first + len(lengths_N), dtype=np.uint64)
+    draws_N = splitmix64(splitmix64(np.array([seed], dtype=np.uint64)) ^ splitmix64(numbers_N))
+    places_N = np.maximum(lengths_N - seq_len, 0) + 1
+    return (draws_N % places_N.astype(np.uint64)).astype(np.int64)
 
 
 def heldout_texts(
@@ -105,23 +131,30 @@ def padded_length(store: TextStore, numbers_N: np.ndarray, seq_len: int) -> int:
 
 
 def text_batch(
-    store: TextStore, numbers_B: np.ndarray, length: int, first_sequence: int, rows: int | None = None
+    store: TextStore,
+    numbers_B: np.ndarray,
+    length: int,
+    first_sequence: int,
+    rows: int | None = None,
+    starts_B: np.ndarray | None = None,
 ) -> Batch:
     """Return texts as a batch.
 
     Args:
         store: the texts.
         numbers_B: which of them.
-        length: S, positions; a longer text keeps its first tokens.
+        length: S, positions.
         first_sequence: place of the first in the global batch.
         rows: rows of the batch; those after the texts are empty. None: as many as texts.
+        starts_B: the first token that is read of each; None: all are read from their beginning.
     """
+    starts_B = np.zeros_like(numbers_B) if starts_B is None else starts_B
     shape = (rows or len(numbers_B), length)
     tokens_BS = torch.zeros(shape, dtype=torch.int64)
     labels_BS = torch.full(shape, IGNORE, dtype=torch.int64)
     valid_BS = torch.zeros(shape, dtype=torch.bool)
-    for row, number in enumerate(numbers_B.tolist()):
-        tokens = torch.from_numpy(store.tokens(number, length))
+    for row, (number, start) in enumerate(zip(numbers_B.tolist(), starts_B.tolist(), strict=True)):
+        tokens = torch.from_numpy(store.tokens(number, start, length))
         tokens_BS[row, : len(tokens)] = tokens
         valid_BS[row, : len(tokens)] = True
         labels_BS[row, len(tokens) - 1] = int(store.labels_N[number])

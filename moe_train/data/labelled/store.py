@@ -46,15 +46,15 @@ class TextStore:
         self._byte_ends = np.cumsum(index["bytes"])
         self._check_sizes()
 
-    def tokens(self, number: int, limit: int | None = None) -> np.ndarray:
-        """Return the tokens of a text, or the first ``limit`` of them, int64.
+    def tokens(self, number: int, first: int = 0, limit: int | None = None) -> np.ndarray:
+        """Return the tokens of a text from ``first`` on, or the next ``limit`` of them, int64.
 
         Raises:
             DataError: the file has vanished or shrunk since it was opened.
         """
         length = int(self.lengths_N[number])
-        start = int(self._token_ends[number]) - length
-        count = length if limit is None else min(length, limit)
+        start = int(self._token_ends[number]) - length + first
+        count = length - first if limit is None else min(length - first, limit)
         return self._read(self._tokens, self._dtype, start, count).astype(np.int64)
 
     def text(self, number: int) -> str:

@@ -43,8 +43,10 @@ class Classification:
         return Classification(with_classes(config, corpus.classes), corpus)
 
     def loader(self, world: World, micro_batch: int) -> TextLoader:
-        """Return whole texts, cut to data.seq_len."""
-        return TextLoader(self.texts.train, **own_steps(self.config, world, micro_batch))
+        """Return texts, of longer ones data.seq_len tokens."""
+        return TextLoader(
+            self.texts.train, **own_steps(self.config, world, micro_batch), window=self.config.data.window
+        )
 
     def told_size(self) -> str:
         """Return texts, their tokens, the classes, and what was left out."""

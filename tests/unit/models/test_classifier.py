@@ -33,7 +33,7 @@ KINDS = {
     "causal": ("model.classifier.kind=linear",),
     "no block": ("model.classifier.kind=experts", "model.layers=0", "model.ffn.router.kind=topk_softmax",
                  "model.ffn.router.gate_dim=5"),
-    "runs of words": ("model.classifier.kind=linear", "model.classifier.pool=root",
+    "runs of words": ("model.classifier.kind=linear", "model.classifier.pool=root", "model.classifier.token_norm=false",
                       "+model.classifier.ngrams.longest=3", "+model.classifier.ngrams.rows=13"),
     "experts everywhere": ("model.classifier.kind=experts", "model.attention.causal=false", "model.norm=layer"),
 }  # fmt: skip

@@ -35,7 +35,8 @@ def test_every_text_is_on_one_side_with_its_class_and_its_tokens(open_rows, some
             assert corpus.tokenizer.decode(store.tokens(n).tolist()) == store.text(n)
             assert store.tokens(n).dtype == np.int64
             assert len(store.tokens(n)) == store.lengths_N[n]
-            assert store.tokens(n, 3).tolist() == store.tokens(n)[:3].tolist()
+            assert store.tokens(n, limit=3).tolist() == store.tokens(n)[:3].tolist()
+            assert store.tokens(n, 1, 2).tolist() == store.tokens(n)[1:3].tolist()
         assert store.num_tokens == store.lengths_N.sum()
         assert store.num_bytes == sum(len(store.text(n).encode()) for n in range(store.num_texts))
 

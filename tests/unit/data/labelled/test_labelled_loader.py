@@ -1,5 +1,6 @@
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,6 +36,41 @@ def test_steps_are_the_same_for_every_layout_shapes_included(world_size, micro_b
     for own, whole in zip(steps_of(6, world_size, micro_batch), steps_of(6, 1, 8), strict=True):
         for found, expected in zip(own, whole, strict=True):
             assert torch.equal(found, expected)
+
+
+class Counted(MadeStore):
+    """A store whose texts count their tokens: 0, 1, 2, ..."""
+
+    def tokens(self, number, first=0, limit=None):
+        return np.arange(len(super().tokens(number, first, limit))) + first
+
+
+def test_random_windows_begin_anywhere_and_elsewhere_each_time():
+    store, seen = Counted([7] * 8), []
+    for rank in (0, 1):
+        with TextLoader(store, 4, 8, 2, rank, 2, seed=5, window="random") as loader:
+            steps = [torch.cat([batch.tokens_BS for batch in loader.next_step()]) for _ in range(100)]
+        seen.append(torch.stack(steps))
+        assert torch.equal(seen[-1], seen[-1][..., :1] + torch.arange(4)), "each is one piece of its text"
+    starts = torch.cat(seen, dim=1)[..., 0]
+    assert torch.bincount(starts.flatten(), minlength=4).div(200).sub(1).abs().max() < 0.25, "each of 4 places alike"
+    assert len({tuple(row) for row in starts.tolist()}) > 95, "steps differ"
+
+
+def test_random_windows_depend_on_no_layout_and_change_no_text_that_fits():
+    def rows(world_size, micro_batch, window, seq_len=4):
+        loaders = [
+            TextLoader(Counted([7, 3, 9, 4] * 4), seq_len, 8, micro_batch, rank, world_size, seed=5, window=window)
+            for rank in range(world_size)
+        ]
+        found = [[lo.next_step() for lo in loaders] for _ in range(3)]
+        for lo in loaders:
+            lo.close()
+        return torch.cat([b.tokens_BS for step in found for per_rank in zip(*step, strict=True) for b in per_rank])
+
+    assert torch.equal(rows(2, 2, "random"), rows(1, 8, "random"))
+    assert torch.equal(rows(1, 8, "random", seq_len=9), rows(1, 8, "first", seq_len=9))
+    assert not torch.equal(rows(1, 8, "random"), rows(1, 8, "first"))
 
 
 @settings(deadline=None, max_examples=25)

@@ -75,8 +75,18 @@ def test_runs_differ_in_the_model_alone():
     assert composed(VARIANTS[0]).run.dir == "runs/scaling_laws/scale", "all in one folder, which the report reads"
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_hydra_itself_knows_the_keys_of_a_sweep(experiment):
+    """The sweeper hands them to Hydra, which refuses a key that no YAML names: defaults of ours need a "+"."""
+    register("train", TrainConfig)
+    job = [f"{key}={values[0]}" for key, values in swept(experiment).items()]
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = compose("train", overrides=[f"experiment={experiment}", *job])
+    assert config.train.steps == int(swept(experiment)["train.steps"][0])
+
+
 def test_every_variant_is_run_and_nothing_twice():
-    everything = [(job, swept(name).get("model.ffn.capacity.factor")) for name in EXPERIMENTS for job in jobs(name)]
+    everything = [(job, swept(name).get("+model.ffn.capacity.factor")) for name in EXPERIMENTS for job in jobs(name)]
     assert sorted({variant for (variant, _, _), _ in everything}) == VARIANTS
     assert len({job for job, _ in everything}) == len(everything)
     factors = next(found for (variant, _, _), found in everything if variant == "scale_capacity")
