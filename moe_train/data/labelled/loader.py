@@ -85,7 +85,8 @@ def window_starts(first: int, lengths_N: np.ndarray, seq_len: int, seed: int) ->
     numbers_N = np.arange(first, first + len(lengths_N), dtype=np.uint64)
     draws_N = splitmix64(splitmix64(np.array([seed], dtype=np.uint64)) ^ splitmix64(numbers_N))
     places_N = np.maximum(lengths_N - seq_len, 0) + 1
-    return (draws_N % places_N.astype(np.uint64)).astype(np.int64)
+    starts_N: np.ndarray = (draws_N % places_N.astype(np.uint64)).astype(np.int64)
+    return starts_N
 
 
 def heldout_texts(

@@ -83,7 +83,7 @@ def draw_curves(axes: Axes, frontier: Frontier, points: Sequence[Point]) -> None
         near = [p for p in points if is_of(p, shape) and 1 / NEAR <= p.training_flops / budget <= NEAR]
         axes.plot([p.active_parameters for p in near], [p.loss for p in near], "o", color=colour, markersize=4)
     losses = [point.loss for point in frontier.fit.points]
-    axes.set_ylim(min(losses) * 0.96, max(losses) * 1.03)
+    axes.set_ylim(min(losses) * 0.94, max(losses) * 1.03)
     axes.set_xscale("log")
     name = "dense" if shape[0] == 1 else f"E={shape[0]:g}, G={shape[1]:g}"
     axes.set(title=f"Same FLOPs, {name} (dashed: not measured)", xlabel="active parameters N", ylabel="loss")
@@ -94,7 +94,7 @@ def draw_optimum(axes: Axes, curve: Curve, colour: Any) -> None:
     best = curve.best
     place = float(curve.parameters[best]), float(curve.losses[best])
     axes.plot(*place, "D", color=colour, markersize=6, markerfacecolor="white")
-    write(axes, flops_text(curve.budget), *place, (0, -13), colour)
+    write(axes, flops_text(curve.budget), *place, (-4, -13), colour, ha="left")
 
 
 def draw_measured(axes: Axes, across: Array, losses: Array, is_measured: NDArray[np.bool_], colour: Any) -> None:
@@ -104,7 +104,7 @@ def draw_measured(axes: Axes, across: Array, losses: Array, is_measured: NDArray
 
 
 def draw_experts(axes: Axes, frontier: Frontier) -> None:
-    """Draw what experts gain over a dense model of equal FLOPs, by their number."""
+    """Draw what experts gain over a dense model of equal N and D, by their number."""
     _, granularity = frontier.usual_shape
     values = sorted({expansion for expansion, _ in frontier.shapes})
     draw_gains(axes, frontier, values, lambda value: (value, granularity) if value > 1 else (1.0, 1.0))
@@ -113,7 +113,7 @@ def draw_experts(axes: Axes, frontier: Frontier) -> None:
 
 
 def draw_granularity(axes: Axes, frontier: Frontier) -> None:
-    """Draw what experts gain over a dense model of equal FLOPs, by their granularity."""
+    """Draw what experts gain over a dense model of equal N and D, by their granularity."""
     expansion, _ = frontier.usual_shape
     values = sorted({granularity for other, granularity in frontier.shapes if other > 1})
     draw_gains(axes, frontier, values, lambda value: (expansion, value))
@@ -122,19 +122,20 @@ def draw_granularity(axes: Axes, frontier: Frontier) -> None:
 
 
 def draw_gains(axes: Axes, frontier: Frontier, values: Sequence[float], shape: Callable[[float], Shape]) -> None:
-    """Draw the loss minus that of a dense model, each at its best size, at the least and the most FLOPs.
+    """Draw the loss minus that of a dense model of equal N and D: dots are runs, lines are the law at two of them.
 
-    The bands are intervals over the resamples of the bootstrap; dots are runs minus the dense run of equal N and D.
+    These are the runs with the least and the most FLOPs; the bands are intervals over the resamples of the bootstrap.
     """
     shapes = [shape(value) for value in values]
-    ends = budgets(frontier)[0], budgets(frontier)[-1]
-    lines = [gains_of(frontier, frontier.fit.law, budget, shapes) for budget, _ in ends]
-    for (budget, colour), gains in zip(ends, lines, strict=True):
-        low, high = interval(np.array([gains_of(frontier, law, budget, shapes) for law in frontier.fit.laws()]))
+    ends = [extreme(frontier.fit.points, key=training_flops) for extreme in (min, max)]
+    lines = [gains_of(frontier.fit.law, end, shapes) for end in ends]
+    for end, gains in zip(ends, lines, strict=True):
+        colour = nearest_colour(frontier, end.training_flops)
+        low, high = interval(np.array([gains_of(law, end, shapes) for law in frontier.fit.laws()]))
         axes.plot(values, gains, "-", color=colour)
         axes.fill_between(values, low, high, color=colour, alpha=0.15, linewidth=0)
         is_upper = gains[-1] == max(line[-1] for line in lines)
-        write(axes, flops_text(budget), values[-1], gains[-1], (0, 6 if is_upper else -13), colour)
+        write(axes, flops_text(end.training_flops), values[-1], gains[-1], (0, 6 if is_upper else -13), colour)
     draw_pairs(axes, frontier, values, shapes)
 
 
@@ -150,10 +151,17 @@ def draw_pairs(axes: Axes, frontier: Frontier, values: Sequence[float], shapes: 
                 axes.plot(value, point.loss - reference, "o", color=colour, markersize=4)
 
 
-def gains_of(frontier: Frontier, law: Law, budget: float, shapes: Sequence[Shape]) -> Array:
-    """Return the least loss of each shape at a budget minus that of dense models, (S,), nats per token."""
-    least = frontier.least(budget, [(1.0, 1.0), *shapes], law)
-    return np.asarray(least[1:] - least[0])
+def training_flops(point: Point) -> float:
+    """Return what a run cost."""
+    return point.training_flops
+
+
+def gains_of(law: Law, point: Point, shapes: Sequence[Shape]) -> Array:
+    """Return what a law says of each shape at a run's N and D minus what it says of a dense one, (S,), nats/token."""
+    expansion, granularity = np.array([(1.0, 1.0), *shapes], dtype=np.float64).T
+    parameters, tokens = (np.full(len(expansion), value) for value in (point.active_parameters, point.tokens))
+    losses = law.loss(Places(parameters, tokens, expansion, granularity))
+    return np.asarray(losses[1:] - losses[0])
 
 
 def finish_gains(axes: Axes, values: Sequence[float], measured: Sequence[float], title: str, across: str) -> None:
@@ -168,7 +176,7 @@ def finish_gains(axes: Axes, values: Sequence[float], measured: Sequence[float],
     for value in values:
         if value not in measured:
             axes.axvspan(value / 2**0.5, value * 2**0.5, color=INK, alpha=0.06, linewidth=0)
-    axes.set(title=f"{title} (grey: not measured)", xlabel=across, ylabel="loss minus dense, nats")
+    axes.set(title=f"{title} (grey: not measured)", xlabel=across, ylabel="loss minus dense, nats/token")
 
 
 def draw_drops(axes: Axes, sweep: CapacitySweep) -> None:

@@ -68,9 +68,14 @@ def test_a_variant_has_the_shape_of_its_name_and_the_size_of_the_dense_one(varia
         assert (config.dim, config.layers) == (dense.dim, dense.layers)
 
 
-def test_runs_differ_in_the_model_alone():
+def test_runs_differ_in_the_model_alone_but_for_the_rate_of_the_largest():
     first = composed(VARIANTS[0]).model_dump() | {"model": 0}
-    assert all(composed(variant).model_dump() | {"model": 0} == first for variant in VARIANTS)
+    fitted = [variant for variant in VARIANTS if "_xl_" not in variant]
+    assert all(composed(variant).model_dump() | {"model": 0} == first for variant in fitted)
+    largest, middle = composed("scale_xl_e4_g2"), composed("scale_m_e4_g2")
+    assert largest.optim.lr == middle.optim.lr * middle.model.dim / largest.model.dim
+    rated = largest.optim.model_copy(update={"lr": middle.optim.lr})
+    assert largest.model_copy(update={"optim": rated}).model_dump() | {"model": 0} == first
     assert composed(VARIANTS[0]).run.skip_finished
     assert composed(VARIANTS[0]).run.dir == "runs/scaling_laws/scale", "all in one folder, which the report reads"
 
@@ -97,7 +102,7 @@ def test_sizes_experts_granularity_and_lengths_all_vary():
     fitted = [job for name in ("scaling_laws", "scaling_laws_large") for job in jobs(name)]
     assert {variant.split("_", 2)[2] for variant, _, _ in fitted} == set(SHAPES)
     assert {variant.split("_")[1] for variant, _, _ in fitted} == {"s", "m", "l"}
-    assert len({steps for _, steps, _ in fitted}) == 3 and len(fitted) == 48
+    assert len({steps for _, steps, _ in fitted}) == 3 and len(fitted) == 54
 
 
 def test_small_models_trained_long_cost_what_large_ones_trained_briefly_do():
@@ -110,4 +115,4 @@ def test_the_held_out_run_has_several_times_the_flops_of_every_other():
     others = [
         flops(variant, steps) for name in EXPERIMENTS for variant, steps, _ in jobs(name) if variant != held_out[0]
     ]
-    assert flops(*held_out[:2]) > 5 * max(others)
+    assert flops(*held_out[:2]) > 2 * max(others)
