@@ -76,14 +76,15 @@ def draw_parity(axes: Axes, study: ScalingStudy) -> None:
 def draw_curves(axes: Axes, frontier: Frontier, points: Sequence[Point]) -> None:
     """Draw loss over size at fixed FLOPs for the usual shape, with the runs near each budget and the optimum."""
     shape = frontier.usual_shape
+    losses = [point.loss for point in frontier.fit.points]
     for budget, colour in budgets(frontier):
         curve = frontier.curve(budget, shape)
+        losses.append(float(curve.losses.min()))
         draw_measured(axes, curve.parameters, curve.losses, curve.is_measured, colour)
         draw_optimum(axes, curve, colour)
         near = [p for p in points if is_of(p, shape) and 1 / NEAR <= p.training_flops / budget <= NEAR]
         axes.plot([p.active_parameters for p in near], [p.loss for p in near], "o", color=colour, markersize=4)
-    losses = [point.loss for point in frontier.fit.points]
-    axes.set_ylim(min(losses) * 0.94, max(losses) * 1.03)
+    axes.set_ylim(min(losses) * 0.95, max(losses) * 1.03)
     axes.set_xscale("log")
     name = "dense" if shape[0] == 1 else f"E={shape[0]:g}, G={shape[1]:g}"
     axes.set(title=f"Same FLOPs, {name} (dashed: not measured)", xlabel="active parameters N", ylabel="loss")

@@ -70,6 +70,12 @@ def test_rotten_tomatoes_is_nearly_all_in_vader():
     assert shared_texts(read("rotten_tomatoes")[1].texts, films) == 8483
 
 
+@pytest.mark.slow  # reads 25,000 reviews
+@pytest.mark.parametrize("name", ["vader", "rotten_tomatoes"])
+def test_reviews_of_imdb_are_a_fair_start_for_short_texts(name):
+    assert shared_texts(read("imdb")[1].texts, read(name)[1].texts) == 0
+
+
 @pytest.mark.parametrize("name", ["vader", "rotten_tomatoes", pytest.param("imdb", marks=pytest.mark.slow)])
 def test_no_near_copy_of_a_heldout_text_is_learnt(name):
     found = read(name)[1]
