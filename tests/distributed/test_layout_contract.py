@@ -19,7 +19,7 @@ from moe_train.config.rules import layout_problems
 from moe_train.dist.mesh import build_mesh
 from moe_train.dist.world import World, joined
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 ALL = {1: [(1, 1), (1, 4)], 2: [(1, 1), (2, 4)], 4: [(1, 1), (2, 1), (4, 1), (1, 4), (4, 4)]}
 """(ep, accumulation) by world size, for the plain cases and for both kinds of coupled experts."""
 FEW = {1: [(1, 1)], 2: [(1, 4)], 4: [(2, 1), (4, 4)]}

@@ -40,7 +40,7 @@ def test_what_the_user_chooses_wins_in_any_order(order: int) -> None:
 @pytest.mark.parametrize("source", ["vader", "rotten_tomatoes", "imdb"])
 def test_recipes_name_their_texts_and_may_be_overridden(source: str) -> None:
     config = composed(f"experiment=sentiment_{source}")
-    assert kinds(config) == ("sentiment", source, "linear", 2) and config.data.heldout_fraction == 0.1
+    assert kinds(config) == ("sentiment", source, "linear", 1) and config.data.heldout_fraction == 0.1
     assert kinds(composed(f"experiment=sentiment_{source}", "model=moe_classifier"))[2:] == ("experts", 0)
 
 
@@ -50,7 +50,7 @@ def test_variants_of_the_study_differ_in_what_they_say(source: str) -> None:
         composed("experiment=sentiment_study", "run.seed=2", f"study=sentiment_{source}{ending}")
         for ending in ("", "_alone", "_small", "_small_alone")
     )
-    assert [kinds(config)[1:] for config in (plain, small)] == [(source, "linear", 2), (source, "experts", 0)]
+    assert [kinds(config)[1:] for config in (plain, small)] == [(source, "linear", 1), (source, "experts", 0)]
     for with_loss, without in ((plain, alone), (small, small_alone)):
         assert with_loss.model.ffn.balance.aux is not None and without.model.ffn.balance.aux is None
         ffn = with_loss.model.ffn.model_copy(update={"balance": without.model.ffn.balance})
