@@ -149,7 +149,9 @@ def test_runs_begin_from_runs(settings: list[str], tmp_path: Path) -> None:
     quiet = ["log.wandb.mode=disabled", "checkpoint.every=0", "eval.every=0"]
     run("train", [*language, *trunk, *short, *quiet, "tokenizer.vocab_size=320", "run.dir=lm"], tmp_path)
 
-    begin = [*settings, *ENCODER, "train.steps=1", "model.init_from=lm", "model.ffn.router.kind=topk"]
+    same_trunk = ["model.layers=2", "model.ffn.router.kind=topk", "model.classifier.token_norm=true",
+                  "model.classifier.ngrams=null"]  # fmt: skip
+    begin = [*settings, *ENCODER, *same_trunk, "train.steps=1", "model.init_from=lm"]
     same = ["tokenizer.kind=file", "tokenizer.path=lm/tokenizer.json"]
     ended = run("train", [*begin, "tokenizer=bytes", "run.dir=other"], tmp_path, status=2)
     assert "tokenizer.kind=file tokenizer.path=lm/tokenizer.json" in ended.stderr
@@ -158,7 +160,7 @@ def test_runs_begin_from_runs(settings: list[str], tmp_path: Path) -> None:
     wide = run("train", [*begin, *same, "model.ffn.expert_dim=24", "run.dir=wide"], tmp_path, status=2)
     assert wide.stderr.count("has shape") >= 2, "every tensor is named"
 
-    again = [*settings, *ENCODER, *same, "model.ffn.router.kind=topk", "train.steps=1", "model.init_from=classifier"]
+    again = [*settings, *ENCODER, *same_trunk, *same, "train.steps=1", "model.init_from=classifier"]
     taken = run("train", [*again, "run.dir=again", "parallel.ep=2"], tmp_path, ranks=2)
     assert "begin with random values" not in taken.stderr and "began from step 1" in taken.stderr
     swapped = run("train", [*again, "task.classes=[good,bad,so so]", "run.dir=swapped"], tmp_path)
