@@ -14,7 +14,7 @@ from moe_train.config.groups import options_of
 pytestmark = pytest.mark.slow
 STEPS = 4
 SWEPT = ["topk", "capacity_position"]
-OF_OTHERS = ("graph_", "silent_", "dense_", "sparse_", "heads_", "depth_", "scale_")
+OF_OTHERS = ("graph_", "silent_", "dense_", "sparse_", "heads_", "depth_", "scale_", "sentiment_")
 """Beginnings of the other studies' variants."""
 VARIANTS = [name for name in options_of("study") if not name.startswith(OF_OTHERS)]
 CAPACITY = {variant for variant in VARIANTS if variant.startswith("capacity_")}
