@@ -17,6 +17,7 @@ from moe_train.config.model import FFNConfig
 from moe_train.config.schema import TrainConfig
 from moe_train.data.loader import Batch
 from moe_train.dist.mesh import Mesh
+from moe_train.models.classifier import TextClassifier
 from moe_train.models.exchange import model_exchange
 from moe_train.models.initialise import initialise
 from moe_train.models.transformer import Transformer, build_model
@@ -122,6 +123,9 @@ class Case:
         for layer in model.expert_layers.values():
             for bias_E in layer.router.buffers() if isinstance(layer, MoELayer) else ():
                 bias_E.copy_(self.start_bias * torch.empty(bias_E.shape).normal_(generator=generator))
+        if isinstance(model, TextClassifier) and model.naive_bayes is not None:
+            ratios_NC = model.naive_bayes.ratios_NC
+            ratios_NC.copy_(torch.empty(ratios_NC.shape).normal_(generator=generator))
         return model
 
     def whole_model(self) -> Transformer:

@@ -37,6 +37,18 @@ def run_row(run: list[int], num_rows: int) -> int:
     return (hashed * 1_000_003 + len(run)) % (2**31 - 1) % num_rows
 
 
+def run_rows(ids: list[int], longest: int, num_rows: int) -> set[int]:
+    """Rows of all tokens and runs of a text, each once."""
+    runs = (ids[s : s + n] for n in range(1, longest + 1) for s in range(len(ids) - n + 1))
+    return {run_row(run, num_rows) for run in runs}
+
+
+def bayes_scores(config, weight_NC: Tensor, ratios_NC: Tensor, ids: list[int]) -> Tensor:
+    """What the features of a text say of each class."""
+    rows = sorted(run_rows(ids, config.longest, config.rows))
+    return config.scale * sum((weight_NC[row] * ratios_NC[row] for row in rows), torch.zeros_like(weight_NC[0]))
+
+
 def word_vectors(model, w: dict[str, Tensor], batch) -> Tensor:
     """Vectors of the words that are left, with those of the runs that end there in the text as it was."""
     ngrams, table = model.classifier.ngrams, w.get("ngrams.table_ND")

@@ -27,6 +27,23 @@ class NgramConfig(Strict):
     is: with less than 1 what is rare is learnt by heart more slowly."""
 
 
+class NaiveBayesConfig(Strict):
+    """Scores of the classes from single tokens and runs, each scaled by its log-count ratio, beside those of the head.
+
+    NBSVM: Wang and Manning 2012, "Baselines and Bigrams", section 2.2. The ratios are those of the run's own training
+    texts, their first data.seq_len tokens.
+    """
+
+    longest: Annotated[int, Field(ge=1, le=4)] = 2
+    """Tokens of the longest runs; all lengths from 1 on are there."""
+    rows: PositiveInt = 1048576
+    """Rows of the table; runs whose hashes meet share one."""
+    smoothing: PositiveFloat = 1.0
+    """What is added to each count of texts: the smaller it is, the more a rare run says."""
+    scale: PositiveFloat = 4.0
+    """Multiplies the scores: with Adam, how much faster they are learnt than the rest of the model."""
+
+
 class TextHeadConfig(Strict):
     """What all heads over whole texts have in common: a text's vector is made of its tokens' final ones."""
 
@@ -42,6 +59,8 @@ class TextHeadConfig(Strict):
     they always do with model.layers=0."""
     ngrams: NgramConfig | None = None
     """Vectors of runs of tokens, of the whole text as it stands; null: none."""
+    naive_bayes: NaiveBayesConfig | None = None
+    """A linear model of the whole text's words and runs, whose scores are added to the head's; null: none."""
 
 
 class LinearHeadConfig(TextHeadConfig):

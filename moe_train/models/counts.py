@@ -78,7 +78,7 @@ def count(config: ModelConfig, vocab_size: int, seq_len: int) -> Counts:
     blocks += norm_size(config) if has_last_norm(config) else Size()
     modules, depth, head = mtp_size(config), config.mtp.depth, head_size(config)
     matrices = (
-        ngram_parameters(config) + positions + head_bias + (embedding if config.tie_embeddings else 2 * embedding)
+        table_parameters(config) + positions + head_bias + (embedding if config.tie_embeddings else 2 * embedding)
     )
     output = 0 if config.classifier else embedding + head_bias
     per_token = head.multiplied / seq_len if config.classifier else embedding
@@ -97,10 +97,13 @@ def count(config: ModelConfig, vocab_size: int, seq_len: int) -> Counts:
     )
 
 
-def ngram_parameters(config: ModelConfig) -> int:
-    """Return the entries of the table of runs of tokens; it is looked up, as an embedding is."""
-    ngrams = config.classifier.ngrams if config.classifier else None
-    return ngrams.rows * config.dim if ngrams else 0
+def table_parameters(config: ModelConfig) -> int:
+    """Return the entries of a classifier's tables of runs of tokens; they are looked up, as an embedding is."""
+    head = config.classifier
+    if head is None:
+        return 0
+    vectors = head.ngrams.rows * config.dim if head.ngrams else 0
+    return vectors + (head.naive_bayes.rows * (head.num_classes or 0) if head.naive_bayes else 0)
 
 
 def head_size(config: ModelConfig) -> Size:

@@ -40,8 +40,8 @@ class NgramEmbedding(nn.Module):
         return self.scale * torch.stack(list(padded)).sum(dim=0)
 
 
-def ngram_rows(tokens_BS: Tensor, longest: int, num_rows: int) -> list[Tensor]:
-    """Return the rows of all runs, by length from 2 on: [B, S - n + 1] int64 for runs of n tokens.
+def ngram_rows(tokens_BS: Tensor, longest: int, num_rows: int, shortest: int = 2) -> list[Tensor]:
+    """Return the rows of all runs, by length: [B, S - n + 1] int64 for runs of n tokens, none where n is beyond S.
 
     The hash of a run is that of the run without its last token, times a number, plus the last: all modulo a prime.
 
@@ -49,11 +49,14 @@ def ngram_rows(tokens_BS: Tensor, longest: int, num_rows: int) -> list[Tensor]:
         tokens_BS: [B, S] int64.
         longest: length of the longest runs.
         num_rows: of the table.
+        shortest: length of the shortest runs; 1: tokens themselves.
     """
     found: list[Tensor] = []
     hashes_BS = tokens_BS
-    for length in range(2, longest + 1):
-        hashes_BS = (hashes_BS[:, :-1] * MULTIPLIER + tokens_BS[:, length - 1 :]) % PRIME
-        # The length is hashed, too: else a run of three and one of two could never differ for some pairs of tokens.
-        found.append((hashes_BS * MULTIPLIER + length) % PRIME % num_rows)
+    for length in range(1, longest + 1):
+        if length > 1:
+            hashes_BS = (hashes_BS[:, :-1] * MULTIPLIER + tokens_BS[:, length - 1 :]) % PRIME
+        if length >= shortest:
+            # The length is hashed, too: else a run of three and one of two could never differ for some pairs of tokens.
+            found.append((hashes_BS * MULTIPLIER + length) % PRIME % num_rows)
     return found

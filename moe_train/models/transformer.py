@@ -69,6 +69,7 @@ class Passed:
     Attributes:
         x_BSD: [B, S, D] normed output of the last block.
         tokens_BS: [B, S] int64, the tokens that the model was given.
+        given: their context.
         context: of those that passed.
         rotary: table of their positions; None: these enter elsewhere.
         records: of the blocks' layers with experts.
@@ -76,6 +77,7 @@ class Passed:
 
     x_BSD: Tensor
     tokens_BS: Tensor
+    given: RoutingContext
     context: RoutingContext
     rotary: Rotary | None
     records: tuple[LayerRecord, ...]
@@ -156,7 +158,8 @@ class Transformer(nn.Module):
         """
         first = 0 if memory is None else memory.length
         rotary = self.rotations(tokens_BS, first)
-        x_BSD, context = self.seen(self.vectors(tokens_BS), context or RoutingContext.of(tokens_BS))
+        given = context or RoutingContext.of(tokens_BS)
+        x_BSD, context = self.seen(self.vectors(tokens_BS), given)
         x_BSD = self.placed(x_BSD, first)
         records: list[LayerRecord] = []
         for depth, block in enumerate(self.blocks):
@@ -166,7 +169,7 @@ class Transformer(nn.Module):
             records += output.records
         if memory is not None:
             memory.length += tokens_BS.shape[1]
-        return self.answer(Passed(self.norm(x_BSD), tokens_BS, context, rotary, tuple(records)), targets)
+        return self.answer(Passed(self.norm(x_BSD), tokens_BS, given, context, rotary, tuple(records)), targets)
 
     def seen(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingContext]:
         """Return the vectors [B, S, D] of the tokens that pass the blocks, and their context: all."""

@@ -109,6 +109,8 @@ def build_run(config: TrainConfig, world: World, starter: Starter) -> Run:
     if config.model.init_from and not checkpoint:
         first = partial(starter, world=world, config=config, tokenizer=task.texts.tokenizer)
     engine = start_engine(config, world, mesh, task.texts, first)
+    if checkpoint is None:
+        task.prepare(engine.model)
     rebalancer = Rebalancer(engine, mesh) if config.parallel.placement == "auto" else None
     loader = task.loader(world, micro_batch(config, world))
     if checkpoint is not None:

@@ -23,7 +23,12 @@ WORDS = {
 FILLERS = ["the", "film", "a", "story", "this", "actor", "and", "plot", "some", "scene", "with"]
 ENCODER = ["model.dim=16", "model.heads=2", "model.attention.kv_heads=2", "model.ffn.expert_dim=16"]
 SMALL = ["model=moe_classifier", "optim.lr=2e-2"]
-MODELS = {"encoder": ENCODER, "small": SMALL, "both": [*ENCODER, "model.classifier.kind=experts"]}
+MODELS = {
+    "encoder": ENCODER,
+    "small": SMALL,
+    "both": [*ENCODER, "model.classifier.kind=experts"],
+    "bayes": [*SMALL, "+model.classifier.naive_bayes.rows=4096"],
+}
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from moe_train.config.schema import TextWindow
 from moe_train.data.labelled.store import TextStore
@@ -123,6 +124,20 @@ def heldout_texts(
         text_batch(store, all_N[first : first + batch], length, first, rows=batch)
         for first, length in zip(own, lengths, strict=True)
     )
+
+
+def labelled_texts(store: TextStore, seq_len: int, batch: int = 256) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield all texts once, in their order: tokens [B, S], valid [B, S] bool and classes [B] of up to ``batch`` texts.
+
+    Args:
+        store: the texts.
+        seq_len: most tokens of a text, from its beginning.
+        batch: texts that are read at a time.
+    """
+    for numbers_B in np.array_split(np.arange(store.num_texts), range(batch, store.num_texts, batch)):
+        texts = text_batch(store, numbers_B, padded_length(store, numbers_B, seq_len), 0)
+        assert texts.valid_BS is not None, "texts are padded"
+        yield texts.tokens_BS, texts.valid_BS, torch.from_numpy(store.labels_N[numbers_B])
 
 
 def padded_length(store: TextStore, numbers_N: np.ndarray, seq_len: int) -> int:

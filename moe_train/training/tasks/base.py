@@ -60,6 +60,9 @@ class Task(Protocol):
     def writes_text(self) -> bool:
         """Whether its models continue texts."""
 
+    def prepare(self, model: Transformer) -> None:
+        """Give a new model those values that its training texts determine, in place; the same on all ranks."""
+
     def loader(self, world: World, micro_batch: int) -> StepLoader:
         """Return this rank's batches for training, from the first step on.
 

@@ -33,6 +33,9 @@ class LanguageModelling:
         """Open the corpus; see `open_corpus`."""
         return LanguageModelling(config, open_corpus(config.data, config.tokenizer, leader_first))
 
+    def prepare(self, model: Transformer) -> None:
+        """Do nothing: a language model has no such values."""
+
     def loader(self, world: World, micro_batch: int) -> TrainLoader:
         """Return windows of the stream."""
         return TrainLoader(self.texts.train, **own_steps(self.config, world, micro_batch))

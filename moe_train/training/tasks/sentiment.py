@@ -9,10 +9,11 @@ from moe_train.config.schema import TrainConfig
 from moe_train.config.task import SentimentTask
 from moe_train.data.corpus import LeaderFirst
 from moe_train.data.labelled.corpus import LabelledCorpus, open_labelled
-from moe_train.data.labelled.loader import TextLoader
+from moe_train.data.labelled.loader import TextLoader, labelled_texts
 from moe_train.dist.mesh import Mesh
 from moe_train.dist.world import World
 from moe_train.errors import ConfigError, Problem
+from moe_train.models.classifier import TextClassifier
 from moe_train.models.transformer import Transformer
 from moe_train.observe.classes import collapses
 from moe_train.training.judge import judge
@@ -41,6 +42,13 @@ class Classification:
         """
         corpus = open_labelled(config.data, config.tokenizer, task, leader_first)
         return Classification(with_classes(config, corpus.classes), corpus)
+
+    def prepare(self, model: Transformer) -> None:
+        """Fill the log-count ratios of naive Bayes features."""
+        assert isinstance(model, TextClassifier), "the rules of the configuration require a classifier"
+        if model.naive_bayes is not None:
+            batches = labelled_texts(self.texts.train, self.config.data.seq_len)
+            model.naive_bayes.fill_ratios(batches)
 
     def loader(self, world: World, micro_batch: int) -> TextLoader:
         """Return texts, of longer ones data.seq_len tokens."""

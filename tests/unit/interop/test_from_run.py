@@ -43,6 +43,15 @@ def test_a_head_of_something_else_is_left_whatever_its_shape() -> None:
     assert taking.taken == tuple(sorted(OURS)) and not problems
 
 
+def test_what_only_the_own_texts_tell_is_never_taken() -> None:
+    """Log-count ratios are of the training texts, and weights of these ratios: whatever their shape elsewhere."""
+    features = {"model.naive_bayes.weight_NC": (9, 3), "model.naive_bayes.ratios_NC": (9, 3)}
+    for saved in ({**OURS, **features}, {**OURS, "model.naive_bayes.weight_NC": (7, 2)}):
+        taking, problems = plan({**OURS, **features}, saved, takes_head=True)
+        assert not problems
+        assert taking == Taking(taken=tuple(sorted(OURS)), fresh=tuple(sorted(features)), left=())
+
+
 def test_every_other_shape_is_refused_at_once() -> None:
     saved = {"model.embedding_VD": (9, 4), "model.norm.weight": (5,), "model.head.weight": (3, 4)}
     _, problems = plan(OURS, saved, takes_head=True)

@@ -17,6 +17,9 @@ TEXTS = st.lists(st.integers(0, 200_000), min_size=1, max_size=6)
 @settings(max_examples=60, deadline=None)
 def test_rows_are_those_of_plain_arithmetic(text: list[int], longest: int, num_rows: int) -> None:
     found = ngram_rows(torch.tensor([text]), longest, num_rows)
+    tokens, *runs = ngram_rows(torch.tensor([text]), longest, num_rows, shortest=1)
+    assert [rows_BR.tolist() for rows_BR in runs] == [rows_BR.tolist() for rows_BR in found]
+    assert tokens[0].tolist() == [run_row([token], num_rows) for token in text]
     expected = [[run_row(text[s : s + n], num_rows) for s in range(len(text) - n + 1)] for n in range(2, longest + 1)]
     assert [rows_BR[0].tolist() for rows_BR in found] == expected
 
