@@ -36,10 +36,8 @@ def data_problems(data: DataConfig, tokenizer: TokenizerConfig) -> Iterator[Prob
             yield Problem(f"data.parts.{label}.path", None, f"is required for source={part.source}", "set it")
     if tokenizer.kind == "file" and tokenizer.path is None:
         yield Problem("tokenizer.path", None, "is required for tokenizer.kind=file", "set it to a tokenizer.json")
-    if tokenizer.lowercase and tokenizer.kind != "bpe":
-        yield Problem(
-            "tokenizer.lowercase", True, f"tokenizer.kind={tokenizer.kind} reads text as it is", "leave it out"
-        )
+    for key in tokenizer.reading() if tokenizer.kind != "bpe" else ():
+        yield Problem(f"tokenizer.{key}", True, f"tokenizer.kind={tokenizer.kind} reads text as it is", "leave it out")
 
 
 def model_problems(model: ModelConfig) -> Iterator[Problem]:

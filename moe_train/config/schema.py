@@ -115,10 +115,16 @@ class TokenizerConfig(Strict):
     """bpe: number of tokens, the boundary token included."""
     lowercase: bool = False
     """bpe: read capitals as small letters, with which few texts teach more of each word; no capital is ever written."""
+    prefix_space: bool = False
+    """bpe: read a text as if it began with a space, with which its first word is the token that it is elsewhere."""
     path: str | None = None
     """file: path of a tokenizer.json."""
     boundary_token: str | None = None
     """file: name of the token that ends a document; null: the first known of <|endoftext|>, </s>, <eos>, [SEP]."""
+
+    def reading(self) -> tuple[str, ...]:
+        """Return the names of the keys by which bpe reads another text than stands there."""
+        return tuple(key for key in ("lowercase", "prefix_space") if getattr(self, key))
 
 
 class LayoutConfig(Strict):

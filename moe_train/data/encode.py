@@ -66,8 +66,8 @@ class Encoder:
         if self.tokenizer_config.kind == "file":
             return Tokenizer.from_config_file(self.tokenizer_config)
         cache = Path(self.data.cache_dir).expanduser()
-        letters = "lower_" if self.tokenizer_config.lowercase else ""
-        name = f"bpe_{letters}{self.tokenizer_config.vocab_size}_{found.content[:16]}"
+        reading = "".join(f"{key}_" for key in self.tokenizer_config.reading())
+        name = f"bpe_{reading}{self.tokenizer_config.vocab_size}_{found.content[:16]}"
         path = cache / "tokenizers" / f"{name}.json"
         with exclusive(cache / "locks" / f"{name}.lock"):
             if not path.is_file():

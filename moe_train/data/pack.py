@@ -93,10 +93,8 @@ def write_recipe(data: DataConfig, tokenizer: TokenizerConfig, source: Source) -
 def identify_tokenizer(config: TokenizerConfig) -> Identity:
     """Return what the tokenizer depends on besides the corpus."""
     if config.kind == "bpe":
-        # Named only where it is true: so the folders of before it was there are still found.
-        return {"kind": config.kind, "vocab_size": config.vocab_size} | (
-            {"lowercase": True} if config.lowercase else {}
-        )
+        # Named only where they are true: so the folders of before they were there are still found.
+        return {"kind": config.kind, "vocab_size": config.vocab_size} | dict.fromkeys(config.reading(), True)
     if config.kind == "file":
         return {"kind": config.kind, "fingerprint": Tokenizer.from_config_file(config).fingerprint}
     return {"kind": config.kind}

@@ -95,9 +95,9 @@ class Tokenizer:
 
         Args:
             texts: read once, never held together.
-            config: how many tokens, the boundary included (a small corpus may give fewer), and whether capitals count.
+            config: how many tokens, the boundary included (a small corpus may give fewer), and what texts are read as.
         """
-        pipeline = _byte_level(models.BPE(), use_regex=True)
+        pipeline = _byte_level(models.BPE(), use_regex=True, prefix_space=config.prefix_space)
         if config.lowercase:
             pipeline.normalizer = normalizers.Lowercase()
         trainer = trainers.BpeTrainer(
@@ -127,15 +127,16 @@ class Tokenizer:
         write_atomically(path, self._pipeline.to_str(pretty=True).encode())
 
 
-def _byte_level(model: models.Model, use_regex: bool) -> tokenizers.Tokenizer:
-    """Return a lossless pipeline over bytes, with the boundary token.
+def _byte_level(model: models.Model, use_regex: bool, prefix_space: bool = False) -> tokenizers.Tokenizer:
+    """Return a pipeline over bytes, with the boundary token; lossless but for a space before the text.
 
     Args:
         model: how bytes are joined to tokens.
         use_regex: keep tokens within words, numbers and runs of signs, as GPT-2 does.
+        prefix_space: put one before a text that begins with none.
     """
     pipeline = tokenizers.Tokenizer(model)
-    pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=use_regex)
     pipeline.decoder = decoders.ByteLevel()
     pipeline.add_special_tokens([BOUNDARY_TOKEN])
     return pipeline

@@ -155,6 +155,7 @@ def test_a_message_holds_no_trace_of_hydra() -> None:
     assert str(problems_of("model=sparse_tny")[0]).startswith("model=sparse_tny: Could not find 'model/sparse_tny'; ")
 
 
-def test_lower_case_of_bytes() -> None:
-    (problem,) = problems_of("tokenizer=bytes", "tokenizer.lowercase=true")
-    assert problem.key == "tokenizer.lowercase" and "kind=bytes reads text as it is" in problem.rule
+def test_other_readings_of_bytes() -> None:
+    problems = problems_of("tokenizer=bytes", "tokenizer.lowercase=true", "tokenizer.prefix_space=true")
+    assert [problem.key for problem in problems] == ["tokenizer.lowercase", "tokenizer.prefix_space"]
+    assert all("kind=bytes reads text as it is" in problem.rule for problem in problems)

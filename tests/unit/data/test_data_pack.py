@@ -241,6 +241,13 @@ def test_capitals_are_part_of_what_was_prepared(make_data, some_texts):
     assert small.tokenizer().encode("A") == small.tokenizer().encode("a") != as_written.tokenizer().encode("A")
 
 
+def test_a_space_before_texts_is_part_of_what_was_prepared(make_data, some_texts):
+    data, spaced = make_data(some_texts), TokenizerConfig(kind="bpe", vocab_size=280, prefix_space=True)
+    as_written, before = (prepare(data, chosen, None, no_progress) for chosen in (BPE, spaced))
+    assert as_written.folder != before.folder
+    assert before.tokenizer().encode("A") == before.tokenizer().encode(" A") == as_written.tokenizer().encode(" A")
+
+
 def test_bpe_is_trained_once_per_corpus(make_data, some_texts, monkeypatch):
     prepare(make_data(some_texts), BPE, None, no_progress)
     monkeypatch.setattr(Tokenizer, "train_bpe", lambda *arguments: pytest.fail("trained again"))

@@ -38,6 +38,15 @@ def test_lower_case_makes_one_word_of_all_ways_to_write_it(tmp_path):
     assert again.fingerprint == lower.fingerprint != BPE.fingerprint
 
 
+def test_with_a_space_before_it_the_first_word_is_as_elsewhere(tmp_path):
+    spaced = Tokenizer.train_bpe(TEXTS, TokenizerConfig(vocab_size=280, prefix_space=True))
+    first, *rest = spaced.encode("the the")
+    assert rest == [first] and spaced.encode(" the") == [first]
+    assert spaced.decode(spaced.encode("the cat")) == " the cat"
+    spaced.save(tmp_path / "tokenizer.json")
+    assert Tokenizer.load(tmp_path / "tokenizer.json").encode("the cat") == spaced.encode("the cat")
+
+
 def test_bytes_are_their_values():
     assert BYTES.encode("Aé\n") == list("Aé\n".encode())
     assert (BYTES.vocab_size, BYTES.boundary_id) == (257, 256)
