@@ -198,7 +198,7 @@ def test_places(monkeypatch, tmp_path):
 
 def test_the_commands_of_the_page_are_commands():
     page = (config_dir().parent / "docs" / "agents.md").read_text()
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL))
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL)).replace("\\\n", " ")
     commands = [shlex.split(line.partition("moe_train.agents")[2]) for line in blocks.splitlines()]
     assert len(commands) >= 5
     for arguments in commands:
