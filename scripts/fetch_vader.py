@@ -2,8 +2,9 @@
 
 Usage: .venv/bin/python scripts/fetch_vader.py
 
-Puts the four files and their licence into the environment of the Python that runs it, under share/moe_train/vader,
-where data=vader finds them. Does nothing when they are there.
+Puts the four files, the rated words of the same authors and the licence into the environment of the Python that runs
+it, under share/moe_train/vader, where data=vader and model.classifier.lexicon find them. Does nothing when they are
+there.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ FILES = {
     "movieReviewSnippets_GroundTruth.txt": "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
     "nytEditorialSnippets_GroundTruth.txt": "7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e",
     "tweets_GroundTruth.txt": "dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f",
+    "vader_sentiment_lexicon.txt": "88645aa949987662301d41a3f26b950f41b239a4de4e0d4aee84857bf242e35d",
     "LICENSE.txt": "68797d846186b41c97d5854bd6dd505b80829ec3ffcaedf3f18e30e40b5ef9f7",
 }
 """SHA-256 of what is kept."""
@@ -95,7 +97,7 @@ def put(contents: dict[str, bytes], target: Path) -> None:
 def fail(reason: str) -> int:
     """Say why there are no ratings, and what to do; return the exit status."""
     print(
-        f"fetch_vader: {reason}\nfetch_vader: all but data=vader works without; "
+        f"fetch_vader: {reason}\nfetch_vader: all but data=vader and model.classifier.lexicon works without; "
         "with a connection to the package index, run again: .venv/bin/python scripts/fetch_vader.py",
         file=sys.stderr,
     )

@@ -126,6 +126,9 @@ class Case:
         if isinstance(model, TextClassifier) and model.naive_bayes is not None:
             ratios_NC = model.naive_bayes.ratios_NC
             ratios_NC.copy_(torch.empty(ratios_NC.shape).normal_(generator=generator))
+        if isinstance(model, TextClassifier) and model.lexicon is not None:
+            words = [(token, *rest) for token in range(0, VOCAB, 2) for rest in ((), ((3 * token) % VOCAB,))]
+            model.lexicon.fill({word: rating - len(words) / 4 + 0.1 for rating, word in enumerate(words)})
         return model
 
     def whole_model(self) -> Transformer:

@@ -31,10 +31,15 @@ def compacted(ids_BS: Tensor, valid_BS: Tensor, seed: int, dropout: float) -> tu
 
 def run_row(run: list[int], num_rows: int) -> int:
     """Row of a run of tokens in the table."""
+    return run_hash(run) % num_rows
+
+
+def run_hash(run: list[int]) -> int:
+    """What stands for a run of tokens."""
     hashed = run[0]
     for token in run[1:]:
         hashed = (hashed * 1_000_003 + token) % (2**31 - 1)
-    return (hashed * 1_000_003 + len(run)) % (2**31 - 1) % num_rows
+    return (hashed * 1_000_003 + len(run)) % (2**31 - 1)
 
 
 def run_rows(ids: list[int], longest: int, num_rows: int) -> set[int]:
@@ -47,6 +52,17 @@ def bayes_scores(config, weight_NC: Tensor, ratios_NC: Tensor, ids: list[int]) -
     """What the features of a text say of each class."""
     rows = sorted(run_rows(ids, config.longest, config.rows))
     return config.scale * sum((weight_NC[row] * ratios_NC[row] for row in rows), torch.zeros_like(weight_NC[0]))
+
+
+def lexicon_scores(config, weight_NC: Tensor, ratings: dict[int, float], ids: list[int]) -> Tensor:
+    """What the rated words of a text say of each class; ratings by the hash of their run."""
+    sums = {"praise": 0.0, "blame": 0.0}
+    for s in range(len(ids)):
+        words = [ratings.get(run_hash(ids[s : s + n])) for n in range(1, config.longest + 1) if s + n <= len(ids)]
+        known = [rating for rating in words if rating is not None]
+        if known:  # the last is that of the longest word
+            sums["praise" if known[-1] > 0 else "blame"] += known[-1]
+    return config.scale * (sums["praise"] * weight_NC[0] + sums["blame"] * weight_NC[1])
 
 
 def word_vectors(model, w: dict[str, Tensor], batch) -> Tensor:

@@ -9,7 +9,16 @@ import oracle_balance as balance
 import torch
 from oracle_attention import attention, linear
 from oracle_capacity import Placed, place_assignments
-from oracle_classifier import bayes_scores, by_class, compacted, head, text_by_text, text_vectors, word_vectors
+from oracle_classifier import (
+    bayes_scores,
+    by_class,
+    compacted,
+    head,
+    lexicon_scores,
+    text_by_text,
+    text_vectors,
+    word_vectors,
+)
 from oracle_depth import deep_block, is_deep
 from oracle_graph import GraphLayer, graph
 from oracle_heads import switchhead
@@ -283,7 +292,8 @@ class ClassLayer(Layer):
 
 def classify(model, w: dict[str, Tensor], biases: dict[str, list[float]], batch: Texts):
     """The logits of each text in training, and the layers with experts by place."""
-    words_BSD, bayes, texts = word_vectors(model, w, batch), model.classifier.naive_bayes, batch
+    words_BSD, texts = word_vectors(model, w, batch), batch
+    bayes, lexicon = model.classifier.naive_bayes, model.classifier.lexicon
     ids_BS, valid_BS = compacted(batch.ids_BS, batch.valid_BS, batch.seed, model.classifier.token_dropout)
     batch = Texts(ids_BS, batch.labels_BS, batch.split, batch.seed, valid_BS)
     x_BSD, found = trunk(model, w, biases, batch, words_BSD)
@@ -293,6 +303,11 @@ def classify(model, w: dict[str, Tensor], biases: dict[str, list[float]], batch:
         for b in result.logits:
             ids = texts.ids_BS[b][texts.valid_BS[b]].tolist()
             result.logits[b] = result.logits[b] + bayes_scores(bayes, w["naive_bayes.weight_NC"], ratios_NC, ids)
+    if lexicon:
+        ratings = dict(zip(biases["lexicon.hashes_N"], biases["lexicon.ratings_N"], strict=True))
+        for b in result.logits:
+            ids = texts.ids_BS[b][texts.valid_BS[b]].tolist()
+            result.logits[b] = result.logits[b] + lexicon_scores(lexicon, w["lexicon.weight_NC"], ratings, ids)
     if result.tokens:
         found |= {Where(model.layers, "head"): Layer("head", result.tokens, result.decisions, result.placed)}
     told = batch.classes, model.classifier.num_classes

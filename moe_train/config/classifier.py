@@ -44,6 +44,23 @@ class NaiveBayesConfig(Strict):
     """Multiplies the scores: with Adam, how much faster they are learnt than the rest of the model."""
 
 
+class LexiconConfig(Strict):
+    """Scores of the classes from words that people have rated, beside those of the head.
+
+    A text's positive ratings and its negative ones are summed, and each sum has a weight per class that is learnt.
+    """
+
+    path: str | None = None
+    """A text file in UTF-8, a line per word: the word, a tab, a number (more columns are passed over). null: the 7,517
+    words of VADER (Hutto and Gilbert 2014), rated by ten people each from -4 to 4, which scripts/setup.sh fetches."""
+    longest: Annotated[int, Field(ge=1, le=8)] = 4
+    """Tokens of the longest words; longer ones are passed over, which is said."""
+    rows: PositiveInt = 8192
+    """Room for words in the model."""
+    scale: PositiveFloat = 4.0
+    """Multiplies the scores: with Adam, how much faster they are learnt than the rest of the model."""
+
+
 class TextHeadConfig(Strict):
     """What all heads over whole texts have in common: a text's vector is made of its tokens' final ones."""
 
@@ -61,6 +78,8 @@ class TextHeadConfig(Strict):
     """Vectors of runs of tokens, of the whole text as it stands; null: none."""
     naive_bayes: NaiveBayesConfig | None = None
     """A linear model of the whole text's words and runs, whose scores are added to the head's; null: none."""
+    lexicon: LexiconConfig | None = None
+    """What is known of words before any text is read: the sums of their ratings score, too; null: none."""
 
 
 class LinearHeadConfig(TextHeadConfig):

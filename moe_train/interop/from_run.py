@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 Shapes = Mapping[str, tuple[int, ...]]
 HEAD = "model.head."
 """Beginning of the keys of what turns vectors into scores: of tokens, or of classes."""
-OWN_TEXTS = "model.naive_bayes."
-"""Beginning of the keys of what only a run's own training texts can tell."""
+OWN_WORDS = ("model.naive_bayes.", "model.lexicon.")
+"""Beginnings of the keys of what a run's own training texts, or its own list of words, tell."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def plan(ours: Shapes, saved: Shapes, takes_head: bool) -> tuple[Taking, list[Pr
         takes_head: whether the heads of both score the same things.
     """
     model_keys = {key for key in saved if key.startswith("model.") and 0 not in saved[key]}
-    model_keys = {key for key in model_keys if not key.startswith(OWN_TEXTS)}
+    model_keys = {key for key in model_keys if not key.startswith(OWN_WORDS)}
     shared = {key for key in ours.keys() & model_keys if takes_head or not key.startswith(HEAD)}
     problems = [
         Problem(

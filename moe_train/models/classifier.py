@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_train.config.classifier import ExpertHeadConfig, Pool
 from moe_train.config.model import ModelConfig
+from moe_train.models.lexicon import Lexicon
 from moe_train.models.naive_bayes import NaiveBayes
 from moe_train.models.ngrams import NgramEmbedding
 from moe_train.models.transformer import Answer, ModelLosses, Passed, Transformer
@@ -44,8 +45,8 @@ class TextClassifier(Transformer):
     """Embedding, blocks and norm of a language model, by the same names; a text's vector; a head.
 
     The head is a linear map, or a layer with experts for which each text is a token. Its label is the largest of the
-    text's labels: all others are IGNORE. Naive Bayes features, where there are some, add their scores to the head's;
-    they see the whole text in training, too.
+    text's labels: all others are IGNORE. Naive Bayes features and a lexicon, where there are such, add their scores to
+    the head's; they see the whole text in training, too.
 
     Args:
         config: the model; ``classifier.num_classes`` is known.
@@ -62,8 +63,9 @@ class TextClassifier(Transformer):
         ngrams = config.classifier.ngrams
         self.ngrams = None if ngrams is None else NgramEmbedding(ngrams, config.dim, config.init_std)
         self.head = build_head(config, exchange)
-        bayes = config.classifier.naive_bayes
+        bayes, lexicon = config.classifier.naive_bayes, config.classifier.lexicon
         self.naive_bayes = None if bayes is None else NaiveBayes(bayes, config.classifier.num_classes)
+        self.lexicon = None if lexicon is None else Lexicon(lexicon, config.classifier.num_classes)
 
     @property
     def outer_layers(self) -> dict[LayerKey, ExpertLayer]:
@@ -94,9 +96,9 @@ class TextClassifier(Transformer):
         context = passed.context
         text_BD = pooled(passed.x_BSD, context.valid_BS, self.pool)
         logits_BC, more = self.classify(text_BD.to(self.dtype), context.texts().at_layer(self.config.layers))
-        if self.naive_bayes is not None:
-            valid_BS = passed.given.valid_T.view_as(passed.tokens_BS)
-            logits_BC = logits_BC + self.naive_bayes(passed.tokens_BS, valid_BS).to(logits_BC.dtype)
+        valid_BS = passed.given.valid_T.view_as(passed.tokens_BS)
+        for words in filter(None, (self.naive_bayes, self.lexicon)):
+            logits_BC = logits_BC + words(passed.tokens_BS, valid_BS).to(logits_BC.dtype)
         records = (*passed.records, *more)
         if targets is None:
             return ClassifierOutput(logits_BC, records=records)

@@ -8,6 +8,7 @@ from itertools import pairwise
 from moe_train.config.classifier import ExpertHeadConfig
 from moe_train.config.model import ModelConfig
 from moe_train.models.build import has_last_norm
+from moe_train.models.lexicon import SIGNS
 from moe_train.models.sizes import (
     Size,
     block_products,
@@ -103,7 +104,8 @@ def table_parameters(config: ModelConfig) -> int:
     if head is None:
         return 0
     vectors = head.ngrams.rows * config.dim if head.ngrams else 0
-    return vectors + (head.naive_bayes.rows * (head.num_classes or 0) if head.naive_bayes else 0)
+    rows = (head.naive_bayes.rows if head.naive_bayes else 0) + (len(SIGNS) if head.lexicon else 0)
+    return vectors + rows * (head.num_classes or 0)
 
 
 def head_size(config: ModelConfig) -> Size:

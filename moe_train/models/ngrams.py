@@ -41,9 +41,7 @@ class NgramEmbedding(nn.Module):
 
 
 def ngram_rows(tokens_BS: Tensor, longest: int, num_rows: int, shortest: int = 2) -> list[Tensor]:
-    """Return the rows of all runs, by length: [B, S - n + 1] int64 for runs of n tokens, none where n is beyond S.
-
-    The hash of a run is that of the run without its last token, times a number, plus the last: all modulo a prime.
+    """Return the rows of all runs in a table, by length: [B, S - n + 1] int64 for runs of n tokens.
 
     Args:
         tokens_BS: [B, S] int64.
@@ -51,12 +49,24 @@ def ngram_rows(tokens_BS: Tensor, longest: int, num_rows: int, shortest: int = 2
         num_rows: of the table.
         shortest: length of the shortest runs; 1: tokens themselves.
     """
+    return [hashes_BR % num_rows for hashes_BR in run_hashes(tokens_BS, longest)[shortest - 1 :]]
+
+
+def run_hashes(tokens_BS: Tensor, longest: int) -> list[Tensor]:
+    """Return the hashes of all runs, by length from 1 on: [B, S - n + 1] int64 for runs of n, none where n is beyond S.
+
+    The hash of a run is that of the run without its last token, times a number, plus the last: all modulo a prime, as
+    in Rabin and Karp's search for strings. At the end it takes in the length: else a run of three and one of two could
+    never differ for some pairs of tokens.
+
+    Args:
+        tokens_BS: [B, S] int64.
+        longest: length of the longest runs.
+    """
     found: list[Tensor] = []
     hashes_BS = tokens_BS
     for length in range(1, longest + 1):
         if length > 1:
             hashes_BS = (hashes_BS[:, :-1] * MULTIPLIER + tokens_BS[:, length - 1 :]) % PRIME
-        if length >= shortest:
-            # The length is hashed, too: else a run of three and one of two could never differ for some pairs of tokens.
-            found.append((hashes_BS * MULTIPLIER + length) % PRIME % num_rows)
+        found.append((hashes_BS * MULTIPLIER + length) % PRIME)
     return found

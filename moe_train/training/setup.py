@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,8 @@ from moe_train.training.placement import Rebalancer
 from moe_train.training.random import restore_random_state
 from moe_train.training.tasks import Task, open_task
 from moe_train.training.tasks.base import Texts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,9 @@ def build_run(config: TrainConfig, world: World, starter: Starter) -> Run:
         first = partial(starter, world=world, config=config, tokenizer=task.texts.tokenizer)
     engine = start_engine(config, world, mesh, task.texts, first)
     if checkpoint is None:
-        task.prepare(engine.model)
+        told = task.prepare(engine.model)
+        if world.is_leader and told:
+            logger.warning("%s", "\n".join(told))
     rebalancer = Rebalancer(engine, mesh) if config.parallel.placement == "auto" else None
     loader = task.loader(world, micro_batch(config, world))
     if checkpoint is not None:

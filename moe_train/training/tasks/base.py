@@ -60,8 +60,15 @@ class Task(Protocol):
     def writes_text(self) -> bool:
         """Whether its models continue texts."""
 
-    def prepare(self, model: Transformer) -> None:
-        """Give a new model those values that its training texts determine, in place; the same on all ranks."""
+    def prepare(self, model: Transformer) -> list[str]:
+        """Give a new model those values that its texts, and files beside them, determine; the same on all ranks.
+
+        Returns:
+            What to tell of them, in lines.
+
+        Raises:
+            DataError: a file that cannot be used.
+        """
 
     def loader(self, world: World, micro_batch: int) -> StepLoader:
         """Return this rank's batches for training, from the first step on.

@@ -33,8 +33,9 @@ class LanguageModelling:
         """Open the corpus; see `open_corpus`."""
         return LanguageModelling(config, open_corpus(config.data, config.tokenizer, leader_first))
 
-    def prepare(self, model: Transformer) -> None:
+    def prepare(self, model: Transformer) -> list[str]:
         """Do nothing: a language model has no such values."""
+        return []
 
     def loader(self, world: World, micro_batch: int) -> TrainLoader:
         """Return windows of the stream."""

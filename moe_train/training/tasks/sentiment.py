@@ -9,6 +9,7 @@ from moe_train.config.schema import TrainConfig
 from moe_train.config.task import SentimentTask
 from moe_train.data.corpus import LeaderFirst
 from moe_train.data.labelled.corpus import LabelledCorpus, open_labelled
+from moe_train.data.labelled.lexicon import open_lexicon
 from moe_train.data.labelled.loader import TextLoader, labelled_texts
 from moe_train.dist.mesh import Mesh
 from moe_train.dist.world import World
@@ -43,12 +44,21 @@ class Classification:
         corpus = open_labelled(config.data, config.tokenizer, task, leader_first)
         return Classification(with_classes(config, corpus.classes), corpus)
 
-    def prepare(self, model: Transformer) -> None:
-        """Fill the log-count ratios of naive Bayes features."""
+    def prepare(self, model: Transformer) -> list[str]:
+        """Fill the log-count ratios of naive Bayes features, and the ratings of a lexicon; return its account.
+
+        Raises:
+            DataError: as `open_lexicon`.
+        """
         assert isinstance(model, TextClassifier), "the rules of the configuration require a classifier"
         if model.naive_bayes is not None:
             batches = labelled_texts(self.texts.train, self.config.data.seq_len)
             model.naive_bayes.fill_ratios(batches)
+        if model.lexicon is None:
+            return []
+        words = open_lexicon(model.lexicon.config, self.texts.tokenizer)
+        model.lexicon.fill(words.ratings)
+        return [words.account]
 
     def loader(self, world: World, micro_batch: int) -> TextLoader:
         """Return texts, of longer ones data.seq_len tokens."""

@@ -44,8 +44,9 @@ def test_a_head_of_something_else_is_left_whatever_its_shape() -> None:
 
 
 def test_what_only_the_own_texts_tell_is_never_taken() -> None:
-    """Log-count ratios are of the training texts, and weights of these ratios: whatever their shape elsewhere."""
+    """Log-count ratios and ratings are of the run's own files, and weights are of these: whatever their shape."""
     features = {"model.naive_bayes.weight_NC": (9, 3), "model.naive_bayes.ratios_NC": (9, 3)}
+    features |= {"model.lexicon.weight_NC": (2, 3), "model.lexicon.hashes_N": (9,), "model.lexicon.ratings_N": (9,)}
     for saved in ({**OURS, **features}, {**OURS, "model.naive_bayes.weight_NC": (7, 2)}):
         taking, problems = plan({**OURS, **features}, saved, takes_head=True)
         assert not problems

@@ -35,6 +35,8 @@ KINDS = {
                  "model.ffn.router.gate_dim=5"),
     "runs of words": ("model.classifier.kind=linear", "model.classifier.pool=root", "model.classifier.token_norm=false",
                       "+model.classifier.ngrams.longest=3", "+model.classifier.ngrams.rows=13"),
+    "rated words": ("model.classifier.kind=linear", "model.attention.causal=false",
+                    "+model.classifier.lexicon.rows=40"),
     "naive Bayes": ("model.classifier.kind=linear", "model.attention.causal=false",
                     "+model.classifier.naive_bayes.rows=17"),
     "experts everywhere": ("model.classifier.kind=experts", "model.attention.causal=false", "model.norm=layer"),
@@ -49,6 +51,9 @@ def built(kind: str, *more: str) -> TextClassifier:
         values = (model.naive_bayes.weight_NC.data, model.naive_bayes.ratios_NC)
         for value_NC in values:
             value_NC.normal_(generator=torch.Generator().manual_seed(2))
+    if model.lexicon is not None:
+        model.lexicon.weight_NC.data.normal_(generator=torch.Generator().manual_seed(2))
+        model.lexicon.fill({(token, token + 1): token - 4.5 for token in range(0, VOCAB, 3)})
     return model
 
 

@@ -48,6 +48,7 @@ def assert_counted(config: ModelConfig) -> None:
     assert size.active == sum(main.values()) - idle
     embedding = 0 if config.tie_embeddings and not config.classifier else main["embedding_VD"]
     tables = main.get("positions_SD", 0) + main.get("ngrams.table_ND", 0) + main.get("naive_bayes.weight_NC", 0)
+    tables += main.get("lexicon.weight_NC", 0)
     assert size.active_without_embedding == size.active - embedding - tables
 
 

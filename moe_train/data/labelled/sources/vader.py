@@ -16,6 +16,8 @@ KINDS = ("amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets", 
 """One file per kind of text: ``id<TAB>mean rating<TAB>text``."""
 NEUTRAL_BELOW = 1.0
 """Absolute mean rating, on the scale of the ratings from -4 to 4, from which on a text is not neutral."""
+LEXICON = "vader_sentiment_lexicon.txt"
+"""``word<TAB>mean rating<TAB>standard deviation<TAB>the ratings``, in Latin-1."""
 
 
 class Vader:
@@ -62,8 +64,18 @@ def rating_files(folder: Path | None = None) -> list[Path]:
     Raises:
         DataError: one is missing.
     """
+    return fetched([f"{kind}_GroundTruth.txt" for kind in KINDS], folder)
+
+
+def lexicon_file(folder: Path | None = None) -> Path:
+    """Return the file of the rated words; see `rating_files`."""
+    return fetched([LEXICON], folder)[0]
+
+
+def fetched(names: list[str], folder: Path | None) -> list[Path]:
+    """Return files by their names; see `rating_files`."""
     folder = folder or Path(sys.prefix) / "share" / "moe_train" / "vader"
-    files = [folder / f"{kind}_GroundTruth.txt" for kind in KINDS]
+    files = [folder / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         remedy = "fetch the ratings, as scripts/setup.sh does: python scripts/fetch_vader.py"
