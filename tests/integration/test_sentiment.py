@@ -27,8 +27,16 @@ MODELS = {
     "encoder": ENCODER,
     "small": SMALL,
     "both": [*ENCODER, "model.classifier.kind=experts"],
-    "bayes": [*SMALL, "+model.classifier.naive_bayes.rows=4096"],
+    "bayes": [*SMALL, "+model.classifier.naive_bayes.rows=4096", "+model.classifier.lexicon.path=words.tsv"],
 }
+
+
+def write_lexicon(folder: Path) -> Path:
+    """A file of the words that say something, rated."""
+    ratings = {"bad": -2.0, "good": 1.5, "so so": 0.0}
+    file = folder / "words.tsv"
+    file.write_text("".join(f"{word}\t{ratings[name]}\n" for name, words in WORDS.items() for word in words))
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +77,9 @@ class Trained:
 @pytest.fixture(scope="module", params=MODELS)
 def trained(request: pytest.FixtureRequest, settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp(request.param)
+    lexicon = write_lexicon(folder)
     said = run("train", [*settings, *MODELS[request.param], "run.dir=run"], folder)
+    lexicon.unlink()  # whatever comes after a training does without
     return Trained(folder / "run", said)
 
 
@@ -87,6 +97,7 @@ def test_a_run_learns_and_says_so(trained: Trained) -> None:
 
 def test_two_ranks_with_sharded_experts_learn_the_same(trained: Trained, settings: list[str], tmp_path: Path) -> None:
     overrides = next(words for name, words in MODELS.items() if trained.run_dir.parent.name.startswith(name))
+    write_lexicon(tmp_path)
     run("train", [*settings, *overrides, "run.dir=run", "parallel.ep=2"], tmp_path, ranks=2)
     alone, sharded = (records(folder, "train") for folder in (trained.run_dir, tmp_path / "run"))
     assert [r["loss"] for r in sharded[:6]] == pytest.approx([r["loss"] for r in alone[:6]], rel=1e-5)
@@ -136,6 +147,19 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(settings: list[str], t
         kept.rename(tmp_path / f"aside_{step}")
     run("train", [*words, "run.dir=parted"], tmp_path)
     assert_same_tensors(checkpoint_path(tmp_path / "parted", STEPS), checkpoint_path(tmp_path / "whole", STEPS))
+
+
+def test_rated_words_stay_with_the_run(settings: list[str], tmp_path: Path) -> None:
+    words = [*settings, *SMALL, "+model.classifier.lexicon.path=words.tsv"]
+    refused = run("train", [*words, "train.steps=2", "run.dir=run"], tmp_path, status=2)
+    assert "model.classifier.lexicon.path=words.tsv: cannot be read" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    lexicon = write_lexicon(tmp_path)
+    begun = run("train", [*words, "train.steps=2", "run.dir=run"], tmp_path)
+    assert "lexicon words.tsv: 24 words, " in begun.stderr
+    lexicon.unlink()
+    gone_on = run("train", [*words, "train.steps=4", "run.dir=run"], tmp_path)
+    assert "lexicon" not in gone_on.stderr and records(tmp_path / "run", "train")[-1]["step"] == 4
 
 
 def test_another_split_is_another_run(trained: Trained, settings: list[str]) -> None:
