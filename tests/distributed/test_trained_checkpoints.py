@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from layout_cases import ON_ALL_LAYOUTS, PLAIN
 from layouts import RATES, VOCAB, Case, gathered, rank_batches
@@ -72,6 +73,7 @@ def save_at_ep_4_and_load_everywhere(world: World, folder: Path, cases: list[Cas
     return wrong
 
 
+@pytest.mark.slow
 def test_trap_33_weights_moments_and_biases_saved_at_ep_4_load_at_ep_1_2_and_4(tmp_path: Path) -> None:
     cases = [BIASED, *COUPLED]
     assert [case.config().model.ffn.graph.expert for case in COUPLED] == ["ffn", "block"]

@@ -86,6 +86,7 @@ def by_rank() -> list[dict[tuple[str, int, int], tuple[int, int, int, int]]]:
     return run_ranks(measured, 4, timeout_s=240)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bytes_of_four_ranks(by_rank: list[dict[tuple[str, int, int], tuple[int, ...]]], case: Case) -> None:
     config = case.config()
