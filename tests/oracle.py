@@ -163,7 +163,11 @@ def train(
 ) -> Truth:
     """Train the parameter values of ``model`` (which holds all experts) for some steps of plain AdamW."""
     w = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    biases = {name: b.tolist() for name, b in model.named_buffers() if name.endswith(("bias_E", "ratios_NC"))}
+    biases = {
+        name: b.tolist()
+        for name, b in model.named_buffers()
+        if name.endswith(("bias_E", "ratios_NC", "hashes_N", "ratings_N"))
+    }
     thresholds = {name: b.tolist() for name, b in model.named_buffers() if name.endswith("threshold_E")}
     truth, optimizer = Truth(), AdamW(w, config.optim)
     for step, ((ids_BS, labels_BS, *valid), rate) in enumerate(zip(batches, rates, strict=True)):
