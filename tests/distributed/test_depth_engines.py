@@ -76,6 +76,7 @@ def alone(world: World, folder: Path) -> list[Tensor]:
     return loaded(world, build_mesh(world, 1), folder)
 
 
+@pytest.mark.slow
 def test_deepspeed_equals_torch_and_a_checkpoint_loads_with_fewer_ranks(tmp_path: Path) -> None:
     trials = [Trial(1, None, 1, (), CASE), Trial(2, 0, 1, (), CASE), Trial(2, 1, 2, (), CASE), Trial(1, 2, 1, (), CASE)]
     results = run_ranks(trials_and_checkpoints, 2, trials, tmp_path, timeout_s=250)

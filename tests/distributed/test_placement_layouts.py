@@ -241,6 +241,7 @@ def without_what_is_right(wrong: dict[str, list[str]], number: int) -> dict[str,
     return {key: found for key, found in wrong.items() if found}
 
 
+@pytest.mark.slow
 def test_no_result_depends_on_where_experts_live(tmp_path: Path) -> None:
     for wrong in run_ranks(one_moved_and_not, 2, tmp_path):
         assert without_what_is_right(wrong, 2 + 2) == {}
