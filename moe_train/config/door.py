@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import re
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -157,4 +159,21 @@ def guarded(work: Callable[[], Any]) -> None:
             sys.stderr.write(f"{speaker}{error.report()}\n")  # in one piece: the ranks' lines must not mix
         else:
             time.sleep(LEADER_SPEAKS_S)  # torchrun terminates rank 0 as soon as this one ends
+        let_go(error)
         sys.exit(USER_MISTAKE)
+
+
+def let_go(error: BaseException) -> None:
+    """Free what the calls that failed had in hand, while Python is whole.
+
+    A model and a mesh that know each other keep process groups until the interpreter is taken down. A thread of gloo
+    that frees a tensor at that moment aborts the process: "terminate called without an active exception", status -6
+    (pytorch/pytorch issue 190489). A group that ends before joins its threads.
+    """
+    links: list[BaseException | None] = [error]
+    for link in links:
+        if link is None:
+            continue
+        traceback.clear_frames(link.__traceback__)
+        links += [cause for cause in (link.__cause__, link.__context__) if cause not in links]
+    gc.collect()

@@ -16,28 +16,44 @@ from moe_train.config.model import ModelConfig
 from moe_train.config.placement_rules import placement_problems
 from moe_train.config.remat_rules import remat_problems
 from moe_train.config.routing_rules import group_layout_problems, noop_problems, routing_problems
-from moe_train.config.schema import DataConfig, TokenizerConfig, TrainConfig
+from moe_train.config.schema import DataConfig, SourceConfig, TokenizerConfig, TrainConfig
 from moe_train.config.shard_rules import shard_problems
 from moe_train.errors import ConfigError, Problem
 
 
 def data_problems(data: DataConfig, tokenizer: TokenizerConfig) -> Iterator[Problem]:
     """Yield what is wrong between the fields of data and tokenizer."""
-    if data.source in ("text", "huggingface", "tokens") and data.path is None:
-        yield Problem("data.path", None, f"is required for data.source={data.source}", "set data.path=...")
+    yield from path_problems("data", data)
     if data.source == "mix" and not data.parts:
         yield Problem(
             "data.parts", "{}", "a mix needs at least one part", "choose data=mix or set data.parts.LABEL.source"
         )
+    if data.source != "mix" and data.parts:
+        rule = f"are not read by data.source={data.source}"
+        yield Problem("data.parts", ",".join(data.parts), rule, "set data.source=mix, or leave them out")
     for label, part in data.parts.items():
         if part.source in ("mix", "tokens"):
             yield Problem(f"data.parts.{label}.source", part.source, "a mix holds texts only", "name a text source")
-        if part.source in ("text", "huggingface") and part.path is None:
-            yield Problem(f"data.parts.{label}.path", None, f"is required for source={part.source}", "set it")
+        yield from path_problems(f"data.parts.{label}", part)
     if tokenizer.kind == "file" and tokenizer.path is None:
         yield Problem("tokenizer.path", None, "is required for tokenizer.kind=file", "set it to a tokenizer.json")
+    if tokenizer.kind != "file" and tokenizer.path is not None:
+        rule = f"is not read by tokenizer.kind={tokenizer.kind}"
+        yield Problem("tokenizer.path", tokenizer.path, rule, "set tokenizer.kind=file, or leave it out")
     for key in tokenizer.reading() if tokenizer.kind != "bpe" else ():
         yield Problem(f"tokenizer.{key}", True, f"tokenizer.kind={tokenizer.kind} reads text as it is", "leave it out")
+
+
+def path_problems(key: str, source: SourceConfig) -> Iterator[Problem]:
+    """Yield a path that is missing, or that nothing reads: the run would learn another text than its user thinks."""
+    has_place = source.source in ("text", "huggingface", "tokens")
+    if has_place and source.path is None:
+        yield Problem(f"{key}.path", None, f"is required for {key}.source={source.source}", f"set {key}.path=...")
+    if not has_place and source.path is not None:
+        remedy = "choose data=text, labelled, huggingface or tokens" if key == "data" else f"set {key}.source=text"
+        yield Problem(
+            f"{key}.path", source.path, f"is not read by {key}.source={source.source}", f"{remedy}, or leave it out"
+        )
 
 
 def model_problems(model: ModelConfig) -> Iterator[Problem]:

@@ -61,6 +61,14 @@ MISTAKES = {
     "no name": ("run.name=", "run.name", "1 to 100 printable characters"),
     "text without a path": ("data=text", "data.path", "is required for data.source=text"),
     "data set without a name": ("data=huggingface", "data.path", "is required for data.source=huggingface"),
+    "path that nothing reads": ("data.path=my.txt", "data.path", "is not read by data.source=shakespeare"),
+    "path that no part reads": ("data.parts={a:{source:imdb,path:t}}", "data.parts.a.path", "is not read by"),
+    "parts of no mix": ("data.parts={a:{source:imdb}}", "data.parts", "are not read by data.source=shakespeare"),
+    "tokenizer file that nothing reads": (
+        "tokenizer.path=t.json",
+        "tokenizer.path",
+        "is not read by tokenizer.kind=bpe",
+    ),
     "tokenizer without a file": ("tokenizer=file", "tokenizer.path", "is required for tokenizer.kind=file"),
     "mix without parts": ("data.source=mix", "data.parts", "a mix needs at least one part"),
     # syntax

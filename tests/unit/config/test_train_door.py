@@ -29,6 +29,34 @@ def main(config: TrainConfig) -> None:
 main()
 """
 """A command like the trainer that only says what it was given."""
+MISTAKE = """
+import atexit, os
+
+import torch
+
+from moe_train.config.door import guarded
+from moe_train.dist.world import world_from_environment
+from moe_train.errors import DataError, Problem
+
+def names():
+    return {open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")}
+
+def work():
+    with world_from_environment(60.0) as world:
+        beside = world.in_background()
+        world.sum_on_host(torch.ones(1)), beside.broadcast("told")
+        run = [world, beside]
+        run.append(run)  # as in a model, whose parts know each other
+        print("at work", sorted(names()))
+        try:
+            raise OSError("the disk is gone")
+        except OSError as error:
+            raise DataError(Problem("data.path", "x", "cannot be read", "mend it")) from error
+
+atexit.register(lambda: print("at the end", sorted(names())))
+guarded(work)
+"""
+"""A mistake that is found when process groups exist; says which threads the process has."""
 
 
 def run(*command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -46,6 +74,17 @@ def train(*arguments: str, folder: Path, **variables: str) -> subprocess.Complet
 def echo(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     (folder / "echo.py").write_text(ECHO)
     return run("echo.py", *arguments, folder=folder)
+
+
+def test_no_thread_of_a_process_group_outlives_a_mistake(tmp_path: Path) -> None:
+    """Status -6 in place of 2, seldom: a thread of gloo freed a tensor while Python was taken down."""
+    (tmp_path / "mistake.py").write_text(MISTAKE)
+    done = run("mistake.py", folder=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("data error: 1 problem\n")
+    at_work, at_the_end = done.stdout.splitlines()
+    assert "gloo" in at_work, "else the test sees nothing"
+    assert "gloo" not in at_the_end
 
 
 def test_all_mistakes_are_listed_quickly_without_a_traceback(tmp_path: Path) -> None:
