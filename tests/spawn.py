@@ -1,8 +1,11 @@
-"""The one way in which tests start ranks: spawned, over a file store, with a timeout and the first traceback."""
+"""The one way in which tests start ranks: forked from a clean server, over a file store, with a timeout and the first
+traceback.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -17,6 +20,26 @@ import torch.multiprocessing as mp
 from moe_train.dist.world import World, joined
 
 COLLECTIVE_TIMEOUT_S = 30.0
+IMPORTED = [
+    "torch",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "hydra",
+    "hypothesis",
+    "pydantic",
+    "pytest",
+    "tokenizers",
+]
+"""What the server of the ranks imports once, three seconds' work. The project itself is not among it: the server may
+stand in another folder, and would find another copy."""
+
+
+def clean_context() -> mp.context.ForkServerContext:
+    """Return the way to start processes which share nothing with this one but what IMPORTED names."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
 
 
 def run_ranks(
@@ -28,12 +51,15 @@ def run_ranks(
 ) -> list[Any]:
     """Run ``work(world, *args)`` on ``world_size`` gloo ranks and return their results by rank.
 
-    ``work`` must be a top-level function and its result picklable. Each start imports torch: put many cases into one.
+    ``work`` must be a top-level function and its result picklable. Each start imports the project and the test: put
+    many cases into one. What the ranks print is printed here, by rank, once they have ended.
     """
-    context = mp.get_context("spawn")
+    context = clean_context()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=_rank_main, args=(work, rank, world_size, folder, collective_timeout_s, args))
+            context.Process(
+                target=_rank_main, args=(work, rank, world_size, folder, collective_timeout_s, dict(os.environ), args)
+            )
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -47,6 +73,9 @@ def run_ranks(
             if process.is_alive():
                 process.kill()
             process.join()
+        for rank in range(world_size):
+            said = Path(folder, f"said{rank}")
+            sys.stdout.write(said.read_text(errors="replace") if said.exists() else "")
         errors = [path.read_text() for rank in range(world_size) if (path := Path(folder, f"error{rank}")).exists()]
         if errors:
             raise AssertionError("\n".join(errors))
@@ -62,8 +91,15 @@ def _rank_main(
     world_size: int,
     folder: str,
     collective_timeout_s: float,
+    environment: dict[str, str],
     args: tuple[Any, ...],
 ) -> None:
+    # The server has the variables and the streams of the moment in which it was started.
+    os.environ.clear()
+    os.environ.update(environment)
+    with Path(folder, f"said{rank}").open("wb") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(f"{folder}/store", world_size)

@@ -22,7 +22,10 @@ def pack(values_NK: Tensor, riders_NM: Tensor | None) -> Tensor:
     if riders_NM is None:
         return values_NK
     assert values_NK.element_size() % WORD_BYTES == 0, f"riders cannot be beside {values_NK.dtype}"
-    return torch.cat([riders_NM.to(torch.int32), values_NK.contiguous().view(torch.int32)], dim=1)
+    rows, words = len(values_NK), values_NK.shape[1] * values_NK.element_size() // WORD_BYTES
+    # By way of one row: a single column is contiguous whatever its strides, which then cannot be those of words.
+    bits_NW = values_NK.contiguous().flatten().view(torch.int32).view(rows, words)
+    return torch.cat([riders_NM.to(torch.int32), bits_NW], dim=1)
 
 
 def values_of(packed_NW: Tensor, num_riders: int, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,6 @@
 """Saving beside the training: what is published, when it is waited for, how it fails, and what a crash leaves."""
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import threading
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from checkpoint_samples import Lone, make_state, parts, zeros_like
 from part_samples import values_of
+from spawn import clean_context
 from torch import Tensor
 
 from moe_train.checkpoint import manager as manager_module
@@ -197,9 +197,7 @@ def end_by_error(folder: Path) -> None:
 
 
 def exit_code(work: Callable[..., None], *args: object) -> int | None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.checkpoint"])
-    process = context.Process(target=work, args=args)
+    process = clean_context().Process(target=work, args=args)
     process.start()
     process.join(60)
     return process.exitcode

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from checkpoint_samples import Lone, make_state, parts, zeros_like
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from part_samples import values_of
+from spawn import clean_context
 
 from moe_train.checkpoint import manager
 from moe_train.checkpoint.faults import FAULT_POINTS, FAULT_VARIABLE
@@ -263,9 +263,7 @@ def save_and_be_killed(folder: Path, point: str) -> None:
 
 @pytest.mark.parametrize("point", FAULT_POINTS)
 def test_a_kill_at_any_point_leaves_a_good_checkpoint(lone: Lone, run: Path, state_at: StateAt, point: str) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.checkpoint"])
-    process = context.Process(target=save_and_be_killed, args=(run / "checkpoints", point))
+    process = clean_context().Process(target=save_and_be_killed, args=(run / "checkpoints", point))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL

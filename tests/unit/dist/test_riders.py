@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_train.dist.riders import pack, riders_of, values_of
@@ -17,6 +17,7 @@ from moe_train.dist.riders import pack, riders_of, values_of
     is_transposed=st.booleans(),
     seed=st.integers(0, 99),
 )
+@example(num_rows=2, num_values=1, num_riders=0, dtype=torch.float64, is_transposed=True, seed=0)  # strides of a column
 def test_there_and_back(num_rows, num_values, num_riders, dtype, is_transposed, seed) -> None:
     generator = torch.Generator().manual_seed(seed)
     shape = (num_values, num_rows) if is_transposed else (num_rows, num_values)

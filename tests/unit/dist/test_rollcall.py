@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from spawn import clean_context
 
 from moe_train.dist.rollcall import RollCall
 from moe_train.dist.world import World, joined
@@ -38,7 +39,7 @@ def rank_main(rank: int, port: int, folder: str) -> None:
 def test_the_living_name_the_dead(tmp_path: Path) -> None:
     # The store outlives the ranks, as that of torchrun does.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = mp.get_context("spawn")
+    context = clean_context()
     ranks = [context.Process(target=rank_main, args=(rank, store.port, str(tmp_path))) for rank in range(SIZE)]
     for process in ranks:
         process.start()
