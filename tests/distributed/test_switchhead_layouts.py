@@ -103,18 +103,21 @@ def results(truths, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", LAYOUTS)
 def test_every_layout_equals_the_truth_token_by_token(results, size):
     expected = {(case.name, *layout): [] for case in HEADS for layout in LAYOUTS[size]}
     assert [wrong for wrong, _, _ in results[size]] == [expected] * size
 
 
+@pytest.mark.slow
 def test_recomputation_changes_no_bit_and_sends_nothing_twice(results):
     for _, again, _ in results[2]:
         assert len(again) == 12
         assert {key: lines for key, lines in again.items() if lines} == {}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_with_half_the_experts_loads_on_every_layout(results):
     assert {size: [lost for _, _, lost in found] for size, found in results.items()} == {
         size: [{ep: [] for ep in (1, 2, 4) if ep <= size}] * size for size in LAYOUTS

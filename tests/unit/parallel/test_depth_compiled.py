@@ -59,7 +59,9 @@ def seen(model: Transformer, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    "mode", [*(pytest.param(mode, marks=pytest.mark.slow) for mode in ("none", "selective")), "full"]
+)
 def test_the_same_values(case: Case, mode: Remat, mesh: Mesh) -> None:
     """Also where a block takes another number of tokens at each step: after some sizes torch compiles for any."""
     plain, model = (model_of(case, mesh, "fp64") for _ in range(2))
