@@ -104,5 +104,11 @@ class RollCall:
         return [self.store.get(f"who/{rank}").decode() for rank in sorted(waiting)]
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching.
+
+        The watcher should be out of the store's C++ before Python is taken down: a thread that comes back from there
+        later aborts the process (pytorch/pytorch issue 38228).
+        """
         self.ended.set()
+        if self.thread.is_alive():
+            self.thread.join(POLL_S)  # no longer: a store whose host is gone answers nobody

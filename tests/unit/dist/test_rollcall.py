@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -73,3 +74,21 @@ def test_lines_of_several_ranks_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys.stderr, "write", written.append)
     RollCall(dist.HashStore(), 0, 1).say("run ended")
     assert written == ["[rank 0] run ended\n"]
+
+
+def test_the_watcher_has_left_the_store_when_it_is_closed() -> None:
+    """A thread that comes back from C++ while Python is taken down aborts the process."""
+    asked = threading.Event()
+
+    class Slow:
+        def set(self, key: str, value: str) -> None: ...
+
+        def check(self, keys: list[str]) -> bool:
+            asked.set()
+            time.sleep(0.02)
+            return False
+
+    watcher = RollCall(Slow(), 0, 2)
+    assert asked.wait(10.0)
+    watcher.close()
+    assert not watcher.thread.is_alive()
