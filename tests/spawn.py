@@ -56,10 +56,10 @@ def run_ranks(
     """
     context = clean_context()
     with tempfile.TemporaryDirectory() as folder:
+        # Not among the arguments of the process: there each tensor is a file descriptor, and the server takes 256.
+        torch.save((work, args, dict(os.environ)), f"{folder}/task")
         ranks = [
-            context.Process(
-                target=_rank_main, args=(work, rank, world_size, folder, collective_timeout_s, dict(os.environ), args)
-            )
+            context.Process(target=_rank_main, args=(rank, world_size, folder, collective_timeout_s))
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -85,21 +85,13 @@ def run_ranks(
         return [torch.load(Path(folder, f"result{rank}"), weights_only=False) for rank in range(world_size)]
 
 
-def _rank_main(
-    work: Callable[..., Any],
-    rank: int,
-    world_size: int,
-    folder: str,
-    collective_timeout_s: float,
-    environment: dict[str, str],
-    args: tuple[Any, ...],
-) -> None:
-    # The server has the variables and the streams of the moment in which it was started.
-    os.environ.clear()
-    os.environ.update(environment)
-    with Path(folder, f"said{rank}").open("wb") as said:
+def _rank_main(rank: int, world_size: int, folder: str, collective_timeout_s: float) -> None:
+    with Path(folder, f"said{rank}").open("wb") as said:  # the server has the streams of another moment
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
+    work, args, environment = torch.load(f"{folder}/task", weights_only=False)
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(f"{folder}/store", world_size)
