@@ -170,10 +170,8 @@ def let_go(error: BaseException) -> None:
     that frees a tensor at that moment aborts the process: "terminate called without an active exception", status -6
     (pytorch/pytorch issue 190489). A group that ends before joins its threads.
     """
-    links: list[BaseException | None] = [error]
-    for link in links:
-        if link is None:
-            continue
+    links = [error]
+    for link in links:  # grows meanwhile
         traceback.clear_frames(link.__traceback__)
-        links += [cause for cause in (link.__cause__, link.__context__) if cause not in links]
+        links += [other for other in (link.__cause__, link.__context__) if other is not None and other not in links]
     gc.collect()

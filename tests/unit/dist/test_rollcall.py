@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-
 from spawn import clean_context
 
 from moe_train.dist.rollcall import RollCall
